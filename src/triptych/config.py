@@ -1,0 +1,268 @@
+"""Configuration: one frozen dataclass per role, composed of small parts. Building one does no I/O.
+
+The command line is derived from these fields (``cli.py``); environment variables are read in
+``secrets_from_environment`` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from triptych.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+TransportName = Literal["auto", "shm", "mooncake", "http"]
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it is loaded."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Local folder or hub name."""
+    dtype: Dtype = "auto"
+    """"auto": float32 on CPU, the checkpoint's own on an accelerator."""
+    device: str = "cpu"
+    """Where this role computes: "cpu", "cuda", "cuda:1"."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """"dummy": random weights from the configuration alone, equal in every process."""
+    revision: str | None = None
+    """Hub revision."""
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Every wait has a name and an end. Seconds."""
+
+    connect: float = 5.0
+    """TCP connection to a peer."""
+    handshake: float = 5.0
+    """Challenge, hello and welcome on a new channel."""
+    heartbeat: float = 1.0
+    """Between two heartbeats on a channel."""
+    silence: float = 10.0
+    """A channel on which nothing has come for this long is lost."""
+    lease: float = 60.0
+    """A lease ends when its holder has been silent for this long. Longer than ``transfer``."""
+    transfer: float = 20.0
+    """One read by the transport, from submission to the last byte."""
+    pool: float = 30.0
+    """Waiting for room in a pool before the request is refused with 429."""
+    embedding: float = 120.0
+    """From a consumer's claim of an embedding to its being ready."""
+    kv: float = 300.0
+    """From a consumer's claim of a KV slot to its last chunk."""
+    rpc: float = 10.0
+    """A control request between roles, from its last byte to the answer."""
+    media: float = 10.0
+    """Fetching one image from a URL."""
+    request: float = 600.0
+    """A whole request, whatever it is doing."""
+    worker: float = 5.0
+    """Waiting for a worker of a needed role to be known to the router."""
+    drain: float = 20.0
+    """Finishing running requests at shutdown."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Where a worker listens and whom it serves."""
+
+    router: str = "http://127.0.0.1:8000"
+    """Base URL of the router this worker registers with."""
+    host: str = "127.0.0.1"
+    """Interface to bind. Anything but loopback needs a shared secret of your own."""
+    port: int = 0
+    """0: any free port."""
+    advertise: str | None = None
+    """Host name that peers use to reach this worker; by default ``host``."""
+    transport: TransportName = "auto"
+    """Force one transport for what this worker reads and offers; "auto" probes."""
+    parent_pipe: tyro.conf.Suppress[int] = -1
+    """File descriptor that closes when the launching process is gone; -1: none."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The language engine's memory and batch limits."""
+
+    kv_mib: int = 64
+    """MiB of KV cache."""
+    block_size: int = 16
+    """Tokens of a KV block."""
+    chunk_tokens: int = 512
+    """Most tokens of one step, prefill and decode together."""
+    max_sequences: int = 64
+    """Most sequences running at once."""
+    max_model_len: int = 0
+    """Longest prompt plus answer; 0: what the model allows, capped by the KV cache."""
+    threads: int = 0
+    """CPU threads of the model's operations; 0: torch's default."""
+    selftest: bool = True
+    """Compare the engine with the plain model at start and refuse a model it gets wrong."""
+
+
+@dataclass(frozen=True)
+class LandingConfig:
+    """Where a consumer lets embeddings land."""
+
+    landing_mib: int = 32
+    """MiB of pool memory for embeddings on their way into the model."""
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """What an image may be."""
+
+    max_bytes: int = 32 * MIB
+    max_pixels: int = 64_000_000
+    max_images: int = 64
+    """Most images of one request."""
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    model: ModelConfig
+    host: str = "127.0.0.1"
+    port: int = 8000
+    topology: Literal["E/P/D", "E/PD", "EPD", "any"] = "any"
+    """The topology asked for; /ready is an error while it is not in effect."""
+    served_name: str | None = None
+    """Name of the model in the API; by default what was given on the command line."""
+    allowed_media_root: Path | None = None
+    """Folder below which ``file://`` images may be read; none by default."""
+    allow_private_media: bool = False
+    """Fetch images from loopback and private addresses too (tests and closed networks)."""
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    max_body_mib: int = 256
+    """Largest request body."""
+    max_requests: int = 256
+    """Most requests in progress; more are answered 429."""
+    parent_pipe: tyro.conf.Suppress[int] = -1
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    model: ModelConfig
+    network: tyro.conf.OmitArgPrefixes[NetworkConfig] = field(default_factory=NetworkConfig)
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    pool_mib: int = 64
+    """MiB of registered pool: embeddings in use and cached."""
+    batch_patches: int = 8192
+    """Most vision patches of one forward."""
+    queue_patches: int = 1_000_000
+    """Most vision patches waiting; more are refused with 429."""
+    media_threads: int = 2
+    """Threads that decode and preprocess images."""
+    threads: int = 0
+    """CPU threads of the model's operations; 0: torch's default."""
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    model: ModelConfig
+    network: tyro.conf.OmitArgPrefixes[NetworkConfig] = field(default_factory=NetworkConfig)
+    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+    landing: tyro.conf.OmitArgPrefixes[LandingConfig] = field(default_factory=LandingConfig)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    model: ModelConfig
+    network: tyro.conf.OmitArgPrefixes[NetworkConfig] = field(default_factory=NetworkConfig)
+    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    model: ModelConfig
+    network: tyro.conf.OmitArgPrefixes[NetworkConfig] = field(default_factory=NetworkConfig)
+    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+    landing: tyro.conf.OmitArgPrefixes[LandingConfig] = field(default_factory=LandingConfig)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """A whole topology on this machine."""
+
+    model: ModelConfig
+    topology: Literal["E/P/D", "E/PD", "EPD"] = "E/P/D"
+    """E/P/D: encoders, prefill and decode apart. E/PD: encoders and language workers.
+    EPD: everything in one process."""
+    encoders: int = 1
+    """Encoder workers."""
+    prefills: int = 1
+    decodes: int = 1
+    languages: int = 1
+    host: str = "127.0.0.1"
+    port: int = 8000
+    transport: TransportName = "auto"
+    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+    landing: tyro.conf.OmitArgPrefixes[LandingConfig] = field(default_factory=LandingConfig)
+    pool_mib: int = 64
+    """MiB of each encoder's pool."""
+    allow_private_media: bool = False
+    """Fetch images from loopback and private addresses too (tests and closed networks)."""
+    allowed_media_root: Path | None = None
+    """Folder below which ``file://`` images may be read; none by default."""
+    start_timeout: float = 180.0
+    """Seconds until every child must be ready."""
+    log_folder: Path | None = None
+    """Folder of the children's logs; by default a temporary one, named at start."""
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """What must not stand on a command line or in a log."""
+
+    shared: bytes = field(repr=False)
+    """Authenticates roles to each other."""
+    api_key: str | None = field(repr=False, default=None)
+    """What clients of the public API must send; None: nothing is asked."""
+
+
+def secrets_from_environment(
+    environ: Mapping[str, str] | None = None, *, make: bool = False
+) -> Secrets:
+    """``TRIPTYCH_SECRET`` or the file ``TRIPTYCH_SECRET_FILE``; ``TRIPTYCH_API_KEY`` likewise.
+
+    ``make``: with no shared secret given, make one (for children of this process).
+    Raises ConfigError when there is none, or one shorter than 16 bytes.
+    """
+    env = os.environ if environ is None else environ
+    shared = _secret(env, "TRIPTYCH_SECRET")
+    if shared is None and make:
+        shared = secrets.token_hex(32)
+    if shared is None:
+        raise ConfigError(
+            "no shared secret: set TRIPTYCH_SECRET or TRIPTYCH_SECRET_FILE "
+            "to the same value (16 bytes or more) for every role"
+        )
+    if len(shared.encode()) < 16:
+        raise ConfigError("the shared secret is shorter than 16 bytes")
+    return Secrets(shared=shared.encode(), api_key=_secret(env, "TRIPTYCH_API_KEY"))
+
+
+def _secret(env: Mapping[str, str], name: str) -> str | None:
+    if name in env:
+        return env[name]
+    path = env.get(f"{name}_FILE")
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError as exc:
+        raise ConfigError(f"{name}_FILE: {exc}") from exc

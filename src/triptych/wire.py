@@ -1,0 +1,355 @@
+"""Messages between roles: frozen msgspec structs in msgpack, tagged, versioned, size-limited.
+
+Two kinds of connection carry them.
+
+*Channel* (WebSocket ``/channel``, binary frames, one message or a list each): every worker keeps
+one to its router, and every consumer one to each of its producers. It starts with a mutual
+challenge on the shared secret; whoever loses it loses every lease it held.
+
+*HTTP* (``POST``, one message as body and one as answer): the router's requests to a worker. They
+carry the channel's session id and a token that only its two ends can compute.
+
+Nothing here is pickled and no field is free-form.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import TypeVar
+
+import msgspec
+
+from triptych.refs import AnyRef, EmbeddingRef, KVRef
+from triptych.request import ItemMeta, Sampling, Span, TokenEvent
+
+VERSION = 1
+"""Of this file's messages. Peers of another version are refused at hello, both named."""
+MAX_FRAME = 16 << 20
+"""Bytes of the largest channel frame."""
+SESSION_HEADER = "x-triptych-session"
+TOKEN_HEADER = "x-triptych-token"
+MEDIA_TYPE = "application/x-msgpack"
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
+    """Base of all. The tag is the class name."""
+
+
+# ------------------------------------------------------------------ handshake
+
+
+class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Two workers may exchange embeddings or KV only if these are equal."""
+
+    name: str
+    fingerprint: str
+    """Hash of the configuration and of the checkpoint's index."""
+    dtype: str
+    processor: str
+    """Image backend: "pil" or "torchvision" (their pixels differ)."""
+
+
+class Capacity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What placement needs to know of a worker."""
+
+    pool_nbytes: int = 0
+    kv_blocks: int = 0
+    block_size: int = 0
+    max_model_len: int = 0
+
+
+class TransportOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a producer's pool can be reached by one transport."""
+
+    kind: str
+    host: str
+    """Boot id of the producer's host: equal means the same machine."""
+    address: str
+    """Unix socket path (shm), ``host:port`` of the session (mooncake), base URL (http)."""
+    base: int = 0
+    """Address of the pool's first byte, where the transport needs one."""
+    nbytes: int = 0
+    """Size of the pool."""
+
+
+class Challenge(Message, frozen=True, tag="challenge"):
+    version: int
+    nonce: str
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """The dialling side introduces and proves itself."""
+
+    version: int
+    release: str
+    role: str
+    """router | encoder | prefill | decode | language"""
+    worker_id: str
+    url: str
+    """Base URL of the dialling worker's own control endpoint."""
+    nonce: str
+    process: str
+    """Nonce of the dialling process; new at each start."""
+    identity: ModelIdentity
+    capacity: Capacity
+    proof: str
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """The answering side accepts and proves itself."""
+
+    session: str
+    role: str
+    worker_id: str
+    process: str
+    proof: str
+    offers: tuple[TransportOffer, ...] = ()
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    reason: str
+
+
+def proof(secret: bytes, side: str, nonces: tuple[str, str], payload: str) -> str:
+    """HMAC-SHA256 over who speaks, the listener's and the dialler's nonce, and what is claimed."""
+    text = "|".join((side, *nonces, payload))
+    return hmac.new(secret, text.encode(), "sha256").hexdigest()
+
+
+def session_token(secret: bytes, nonces: tuple[str, str]) -> str:
+    """What HTTP requests that belong to a channel's session must carry."""
+    return proof(secret, "token", nonces, "")
+
+
+# ------------------------------------------------------------------ on every channel
+
+
+class Ping(Message, frozen=True, tag="ping"):
+    """Heartbeat: renews every lease held through this channel."""
+
+
+class Pong(Message, frozen=True, tag="pong"):
+    pass
+
+
+# ------------------------------------------------------------------ consumer ⇄ producer
+
+
+class Claim(Message, frozen=True, tag="claim"):
+    """Take over the lease of ``ref``. ``claim`` is the consumer's own number for it."""
+
+    claim: int
+    ref: AnyRef
+    request_id: str
+
+
+class Piece(msgspec.Struct, frozen=True, array_like=True):
+    """Contiguous bytes of the producer's pool."""
+
+    offset: int
+    nbytes: int
+
+
+class Ready(Message, frozen=True, tag="ready"):
+    """Pieces ``first .. first + len(pieces)`` may be read; the host saw them complete."""
+
+    claim: int
+    first: int
+    pieces: tuple[Piece, ...]
+    last: bool
+    note: bytes = b""
+    """Sent with the last pieces; the KV hand-off puts ``PrefillDone`` here."""
+
+
+class Denied(Message, frozen=True, tag="denied"):
+    """The claim ends: never granted, failed while it was being filled, or expired."""
+
+    claim: int
+    error: str
+    """Class name in the error tree."""
+    reason: str
+    item: int = -1
+
+
+class Validate(Message, frozen=True, tag="validate"):
+    """Were pieces ``first .. first + count`` still leased to this claim when they were read?"""
+
+    claim: int
+    first: int
+    count: int
+
+
+class Valid(Message, frozen=True, tag="valid"):
+    claim: int
+    first: int
+    count: int
+
+
+class Expired(Message, frozen=True, tag="expired"):
+    """What was read since the last ``Valid`` must not be used."""
+
+    claim: int
+
+
+class Release(Message, frozen=True, tag="release"):
+    claim: int
+
+
+class PrefillDone(Message, frozen=True, tag="prefill_done"):
+    """What decode needs besides the KV bytes."""
+
+    first: TokenEvent
+    next_position: int
+    """Position id of the first generated token, equal on every M-RoPE axis."""
+
+
+# ------------------------------------------------------------------ worker → router
+
+
+class Tokens(Message, frozen=True, tag="tokens"):
+    """Every token of one engine step, for all requests together."""
+
+    tokens: tuple[TokenEvent, ...]
+
+
+class Failed(Message, frozen=True, tag="failed"):
+    """A stage ended without its result."""
+
+    request_id: str
+    stage: str
+    error: str
+    """Class name in the error tree."""
+    reason: str
+    item: int = -1
+    retryable: bool = False
+
+
+class Spans(Message, frozen=True, tag="spans"):
+    request_id: str
+    spans: tuple[Span, ...]
+
+
+# ------------------------------------------------------------------ router → worker, channel
+
+
+class Cancel(Message, frozen=True, tag="cancel"):
+    """End everything this worker does for the request. Idempotent."""
+
+    request_id: str
+
+
+# ------------------------------------------------------------------ router → worker, HTTP
+
+
+class EncodeItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    index: int
+    digest: str
+    """SHA-256 of the raw bytes (hex)."""
+    data: bytes | None = None
+    """The raw file; None asks whether it is known already."""
+
+
+class EncodeRequest(Message, frozen=True, tag="encode"):
+    """``POST /encode``: first with digests alone, then with the bytes of those missed."""
+
+    request_id: str
+    items: tuple[EncodeItem, ...]
+    images_in_request: int
+    """Some models lay an image out differently when it is not alone."""
+
+
+class EncodedItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    index: int
+    miss: bool = False
+    """The bytes are needed."""
+    cached: bool = False
+    meta: ItemMeta | None = None
+    ref: EmbeddingRef | None = None
+    error: str = ""
+    """Class name in the error tree, when this item alone is at fault."""
+    reason: str = ""
+
+
+class EncodeResponse(Message, frozen=True, tag="encoded"):
+    items: tuple[EncodedItem, ...]
+
+
+class PrefillItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    meta: ItemMeta
+    ref: EmbeddingRef
+
+
+class PrefillRequest(Message, frozen=True, tag="prefill"):
+    """``POST /prefill`` (KV stays for decode) and ``POST /generate`` (language worker)."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    """The prompt; each item's rows are the next ``rows`` occurrences of the image token."""
+    items: tuple[PrefillItem, ...]
+    sampling: Sampling
+
+
+class PrefillResponse(Message, frozen=True, tag="prefill_accepted"):
+    kv: KVRef | None
+
+
+class ReserveRequest(Message, frozen=True, tag="reserve"):
+    """``POST /reserve``: blocks for prompt and answer, before prefill spends work."""
+
+    request_id: str
+    n_tokens: int
+
+
+class ReserveResponse(Message, frozen=True, tag="reserved"):
+    n_blocks: int
+
+
+class DecodeRequest(Message, frozen=True, tag="decode"):
+    """``POST /decode``: claim the KV and go on from its first token."""
+
+    request_id: str
+    kv: KVRef
+    sampling: Sampling
+
+
+class Accepted(Message, frozen=True, tag="accepted"):
+    pass
+
+
+class Problem(Message, frozen=True, tag="problem"):
+    """Body of every answer that is not 2xx between roles."""
+
+    error: str
+    reason: str
+    item: int = -1
+    retry_after_s: float = 0.0
+
+
+ChannelMessage = (
+    Challenge | Hello | Welcome | Refused | Ping | Pong | Claim | Ready | Denied | Validate
+    | Valid | Expired | Release | Tokens | Failed | Spans | Cancel
+)  # fmt: skip
+
+M = TypeVar("M", bound=Message)
+_encoder = msgspec.msgpack.Encoder()
+_channel = msgspec.msgpack.Decoder(ChannelMessage)
+_decoders: dict[type[Message], msgspec.msgpack.Decoder[Message]] = {}
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_channel(frame: bytes) -> ChannelMessage:
+    """Raises msgspec.DecodeError or ValidationError on bytes that are not one known message."""
+    if len(frame) > MAX_FRAME:
+        raise msgspec.DecodeError(f"frame of {len(frame)} bytes, the limit is {MAX_FRAME}")
+    return _channel.decode(frame)  # type: ignore[no-any-return]
+
+
+def decode(body: bytes, kind: type[M]) -> M:
+    """Raises msgspec.DecodeError or ValidationError on bytes that are not a ``kind``."""
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
+    return decoder.decode(body)  # type: ignore[return-value]
