@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -26,7 +26,7 @@ MIB = 1 << 20
 class ModelConfig:
     """Which model, and how it is loaded."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Local folder or hub name."""
     dtype: Dtype = "auto"
     """"auto": float32 on CPU, the checkpoint's own on an accelerator."""
@@ -86,7 +86,7 @@ class NetworkConfig:
     """Host name that peers use to reach this worker; by default ``host``."""
     transport: TransportName = "auto"
     """Force one transport for what this worker reads and offers; "auto" probes."""
-    parent_pipe: tyro.conf.Suppress[int] = -1
+    parent_pipe: int = -1
     """File descriptor that closes when the launching process is gone; -1: none."""
 
 
@@ -130,7 +130,9 @@ class MediaLimits:
 
 @dataclass(frozen=True)
 class RouterConfig:
-    model: ModelConfig
+    """The OpenAI API: media, prompt, placement, streaming."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelConfig]
     host: str = "127.0.0.1"
     port: int = 8000
     topology: Literal["E/P/D", "E/PD", "EPD", "any"] = "any"
@@ -147,12 +149,15 @@ class RouterConfig:
     """Largest request body."""
     max_requests: int = 256
     """Most requests in progress; more are answered 429."""
-    parent_pipe: tyro.conf.Suppress[int] = -1
+    parent_pipe: int = -1
+    """File descriptor that closes when the launching process is gone; -1: none."""
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    model: ModelConfig
+    """Vision tower and projector: images in, embeddings out."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelConfig]
     network: tyro.conf.OmitArgPrefixes[NetworkConfig] = field(default_factory=NetworkConfig)
     limits: MediaLimits = field(default_factory=MediaLimits)
     timeouts: Timeouts = field(default_factory=Timeouts)
@@ -170,7 +175,9 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    model: ModelConfig
+    """Embeddings and tokens in, KV cache and first token out."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelConfig]
     network: tyro.conf.OmitArgPrefixes[NetworkConfig] = field(default_factory=NetworkConfig)
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
     landing: tyro.conf.OmitArgPrefixes[LandingConfig] = field(default_factory=LandingConfig)
@@ -179,7 +186,9 @@ class PrefillConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    model: ModelConfig
+    """KV cache in, tokens out."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelConfig]
     network: tyro.conf.OmitArgPrefixes[NetworkConfig] = field(default_factory=NetworkConfig)
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
     timeouts: Timeouts = field(default_factory=Timeouts)
@@ -187,7 +196,9 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    model: ModelConfig
+    """Prefill and decode in one engine, without a KV hand-off."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelConfig]
     network: tyro.conf.OmitArgPrefixes[NetworkConfig] = field(default_factory=NetworkConfig)
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
     landing: tyro.conf.OmitArgPrefixes[LandingConfig] = field(default_factory=LandingConfig)
@@ -198,15 +209,18 @@ class LanguageConfig:
 class ServeConfig:
     """A whole topology on this machine."""
 
-    model: ModelConfig
+    model: tyro.conf.OmitArgPrefixes[ModelConfig]
     topology: Literal["E/P/D", "E/PD", "EPD"] = "E/P/D"
     """E/P/D: encoders, prefill and decode apart. E/PD: encoders and language workers.
     EPD: everything in one process."""
     encoders: int = 1
     """Encoder workers."""
     prefills: int = 1
+    """Prefill workers of E/P/D."""
     decodes: int = 1
+    """Decode workers of E/P/D."""
     languages: int = 1
+    """Language workers of E/PD."""
     host: str = "127.0.0.1"
     port: int = 8000
     transport: TransportName = "auto"
@@ -222,6 +236,63 @@ class ServeConfig:
     """Seconds until every child must be ready."""
     log_folder: Path | None = None
     """Folder of the children's logs; by default a temporary one, named at start."""
+    parent_pipe: int = -1
+    """File descriptor that closes when the launching process is gone; -1: none."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """One request with several images, through E/P/D and through EPD, compared token by token."""
+
+    images: tuple[Path, ...] = ()
+    """Image files; by default four drawn pictures."""
+    prompt: str = "What is different between these pictures?"
+    max_tokens: int = 32
+    """Tokens of the answer."""
+    model: str | None = None
+    """Local folder or hub name; by default a small model with random weights, made here."""
+    folder: Path = Path(".demo")
+    """Where the small model and the logs go."""
+    transport: TransportName = "auto"
+    threads: int = 1
+    """CPU threads of each process."""
+
+
+def check(config: Any, where: str = "") -> None:
+    """Refuse what no field's type can refuse. Called once, before a role starts.
+
+    ``config``: any of the dataclasses above. Raises ConfigError naming the option.
+    """
+    for item in fields(config):
+        value, name = getattr(config, item.name), f"{where}{item.name.replace('_', '-')}"
+        if is_dataclass(value):
+            check(value, "timeouts." if item.name == "timeouts" else where)
+        elif item.name in _AT_LEAST_ONE and value < 1:
+            raise ConfigError(f"--{name} must be at least 1, not {value}")
+        elif item.name == "port" and not 0 <= value <= 65535:
+            raise ConfigError(f"--{name} must be between 0 and 65535, not {value}")
+        elif type(value) is int and value < 0 and item.name != "parent_pipe":
+            raise ConfigError(f"--{name} must not be negative, but is {value}")
+        elif type(value) is float and value <= 0:
+            raise ConfigError(f"--{name} must be positive, not {value}")
+    if isinstance(config, Timeouts):
+        if config.lease <= config.transfer:
+            raise ConfigError(
+                f"--timeouts.lease ({config.lease} s) must be longer than --timeouts.transfer "
+                f"({config.transfer} s): memory must stay leased while it may still be read"
+            )
+        if config.silence <= config.heartbeat:
+            raise ConfigError(
+                f"--timeouts.silence ({config.silence} s) must be longer than "
+                f"--timeouts.heartbeat ({config.heartbeat} s)"
+            )
+
+
+_AT_LEAST_ONE = {
+    "batch_patches", "block_size", "chunk_tokens", "decodes", "encoders", "kv_mib", "landing_mib",
+    "languages", "max_body_mib", "max_bytes", "max_images", "max_pixels", "max_requests",
+    "max_sequences", "max_tokens", "media_threads", "pool_mib", "prefills", "queue_patches",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -254,6 +325,11 @@ def secrets_from_environment(
     if len(shared.encode()) < 16:
         raise ConfigError("the shared secret is shorter than 16 bytes")
     return Secrets(shared=shared.encode(), api_key=_secret(env, "TRIPTYCH_API_KEY"))
+
+
+def environment_of_children(shared: Secrets) -> dict[str, str]:
+    """This process's environment, with the shared secret in it."""
+    return {**os.environ, "TRIPTYCH_SECRET": shared.shared.decode()}
 
 
 def _secret(env: Mapping[str, str], name: str) -> str | None:

@@ -103,6 +103,11 @@ class TransferFailed(TriptychError):
     code = "transfer_failed"
     retryable = True
 
+    def __init__(self, message: str, *, quarantine_s: float = 0.0, item: int | None = None) -> None:
+        super().__init__(message, item=item)
+        self.quarantine_s = quarantine_s
+        """Seconds during which the transport may still write into the destination."""
+
 
 class PeerRefused(TriptychError):
     status = 502

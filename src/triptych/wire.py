@@ -39,14 +39,25 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
 
 
 class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Two workers may exchange embeddings or KV only if these are equal."""
+    """Two workers may exchange embeddings or KV only if ``mismatch`` finds nothing."""
 
     name: str
+    """What the operator called it; for messages, not compared: folders differ between hosts."""
     fingerprint: str
     """Hash of the configuration and of the checkpoint's index."""
     dtype: str
+    """Of embeddings and KV; "" for the router, which holds neither."""
     processor: str
-    """Image backend: "pil" or "torchvision" (their pixels differ)."""
+    """Image backend, "pil" or "torchvision" (their pixels differ); "" where none is used."""
+
+
+def mismatch(ours: ModelIdentity, theirs: ModelIdentity) -> str | None:
+    """Why the two cannot work together, both named; None when they can."""
+    for what in ("fingerprint", "dtype", "processor"):
+        mine, other = getattr(ours, what), getattr(theirs, what)
+        if mine and other and mine != other:
+            return f"{what} {other} of {theirs.name!r} is not {mine} of {ours.name!r}"
+    return None
 
 
 class Capacity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,0 +1,58 @@
+"""One image on its way from a draft to an embedding in a slot, as the service keeps it."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from triptych.encoder.runner import BatchResult, Prepared, RawImage
+from triptych.request import ItemMeta, Span
+from triptych.transfer.pool import Extent
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An image that is not in the pool: what it will be, and what it will cost."""
+
+    meta: ItemMeta
+    patches: int
+    image: RawImage
+
+
+@dataclass
+class Embedding:
+    """One slot of the pool, from the answer to its eviction."""
+
+    slot: int
+    meta: ItemMeta
+    extent: Extent
+    cached: bool = False
+    """Full; lent from the pool from now on."""
+    failed: bool = False
+    image: RawImage | None = None
+    """Until a media thread has it."""
+    preparing: Future[Prepared] | None = None
+    prepared: Prepared | None = None
+    """Until it is encoded."""
+    arrived: float = field(default_factory=time.time)
+    """Wall-clock seconds."""
+    waiters: list[tuple[str, int]] = field(default_factory=list)
+    """(request id, image index) of those who are told how it went."""
+
+    def spans(self, result: BatchResult, index: int) -> list[Span]:
+        """Where the time went, once the embedding is in its slot; for image ``index``."""
+        prepared = self.prepared
+        assert prepared is not None, "an embedding was prepared before it was encoded"
+        steps = (
+            ("queue", self.arrived, prepared.began, 0, "for a media thread"),
+            ("decode", prepared.began, prepared.decoded, 0, ""),
+            ("preprocess", prepared.decoded, prepared.preprocessed, 0, ""),
+            ("queue", prepared.preprocessed, result.began, 0, "for the engine"),
+            ("encode", result.began, result.encoded, 0, f"batch of {len(result.slots)}"),
+            ("ready", result.encoded, time.time(), self.meta.nbytes, ""),
+        )
+        return [
+            Span(name=name, start=start, end=end, item=index, nbytes=nbytes, note=note)
+            for name, start, end, nbytes, note in steps
+        ]

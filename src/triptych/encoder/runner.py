@@ -1,0 +1,173 @@
+"""The encoder's two kinds of work off the event loop: preparing an image, and the forward.
+
+Preparation (checking the hash, decoding, the image processor) runs on a pool of media threads.
+The forward runs on the one engine thread, which alone touches the model; its output is copied
+once, into the slot that was set aside for it when the request came.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from triptych.config import MediaLimits
+from triptych.errors import BadMedia, TriptychError, UnsupportedModel
+from triptych.media.image import ImageHeader, decode
+from triptych.media.processor import Processor
+from triptych.models.vision import VisionModel
+from triptych.transfer.region import Region
+
+logger = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------ media threads
+
+
+@dataclass(frozen=True)
+class RawImage:
+    """An image as it came, and what was promised of it."""
+
+    data: bytes
+    digest: str
+    """SHA-256 that ``data`` should have (hex)."""
+    header: ImageHeader
+    images_in_request: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    inputs: dict[str, Tensor]
+    """The model's vision inputs of this image."""
+    began: float
+    decoded: float
+    preprocessed: float
+    """Wall-clock seconds at the end of each step."""
+
+
+def prepare(image: RawImage, processor: Processor, limits: MediaLimits) -> Prepared:
+    """Check, decode and preprocess. Raises BadMedia."""
+    began = time.time()
+    if hashlib.sha256(image.data).hexdigest() != image.digest:
+        raise BadMedia("the image's bytes do not have the hash that they were sent with")
+    pixels = decode(image.data, limits)
+    promised = (image.header.width, image.header.height)
+    if pixels.size != promised:
+        raise BadMedia(f"the image's header says {promised}, its pixels are {pixels.size}")
+    decoded = time.time()
+    inputs = processor.preprocess(pixels, image.images_in_request)
+    return Prepared(inputs, began, decoded, time.time())
+
+
+# ------------------------------------------------------------------ engine thread
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image of a batch and where its embedding goes."""
+
+    slot: int
+    inputs: dict[str, Tensor]
+    offset: int
+    """In the region."""
+    shape: tuple[int, int, int]
+    """(planes, rows, width)"""
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    slots: tuple[int, ...]
+    began: float
+    encoded: float
+    copied: float
+    """Wall-clock seconds: start, end of the forward, embeddings in the region."""
+    errors: dict[int, TriptychError] = field(default_factory=dict)
+    """By slot; every other slot of the batch is full."""
+
+
+class Runner:
+    """The engine thread. ``on_result`` is called on it, once per batch."""
+
+    def __init__(
+        self,
+        model: VisionModel,
+        region: Region,
+        on_result: Callable[[BatchResult], None],
+        threads: int = 0,
+    ) -> None:
+        self._model = model
+        self._region = region
+        self._on_result = on_result
+        self._threads = threads
+        self._batches: queue.SimpleQueue[Sequence[Job] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="encoder-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, batch: Sequence[Job]) -> None:
+        self._batches.put(batch)
+
+    def close(self, timeout_s: float) -> None:
+        """End after the batches that were submitted; waits at most ``timeout_s``."""
+        self._batches.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        while (batch := self._batches.get()) is not None:
+            self._on_result(self._encode(batch))
+
+    def _encode(self, batch: Sequence[Job]) -> BatchResult:
+        slots = tuple(job.slot for job in batch)
+        began = time.time()
+        try:
+            embeddings = self._model.encode([job.inputs for job in batch])
+            encoded = time.time()
+            errors = self._copy(batch, embeddings)
+        except Exception as exc:  # engine thread's boundary: a batch fails by name, work goes on
+            logger.exception("a forward of %d images failed", len(batch))
+            error = TriptychError(f"the vision model failed: {type(exc).__name__}: {exc}")
+            now = time.time()
+            return BatchResult(slots, began, now, now, dict.fromkeys(slots, error))
+        return BatchResult(slots, began, encoded, time.time(), errors)
+
+    def _copy(self, batch: Sequence[Job], embeddings: list[Tensor]) -> dict[int, TriptychError]:
+        errors: dict[int, TriptychError] = {}
+        for job, embedding in zip(batch, embeddings, strict=True):
+            if tuple(embedding.shape) != job.shape or embedding.dtype != self._model.dtype:
+                errors[job.slot] = TriptychError(
+                    f"the vision model produced {tuple(embedding.shape)} {embedding.dtype} "
+                    f"where {job.shape} {self._model.dtype} was planned"
+                )
+                continue
+            self._region.tensor(job.offset, job.shape, embedding.dtype).copy_(embedding)
+        return errors
+
+
+# ------------------------------------------------------------------ at start
+
+
+def self_check(model: VisionModel, processor: Processor) -> None:
+    """Encode one small image and compare with what was planned. Raises UnsupportedModel."""
+    image = Image.new("RGB", (96, 64), (127, 64, 32))
+    header = ImageHeader(image.width, image.height, "PNG")
+    for images_in_request in (1, 2):
+        plan = processor.plan(header, images_in_request)
+        (embedding,) = model.encode([processor.preprocess(image, images_in_request)])
+        planned = (model.planes, plan.rows, model.width)
+        if tuple(embedding.shape) != planned:
+            raise UnsupportedModel(
+                f"the vision model makes {tuple(embedding.shape)} of a {image.width}x"
+                f"{image.height} image where its processor plans {planned}"
+            )

@@ -1,0 +1,128 @@
+"""Which image is prepared next, and which images share a forward. Plain data in, plain data out.
+
+Work is measured in vision patches, since requests and even images say little about its cost.
+Short work goes first; it ages, so that long work is not passed for ever: an image is as urgent as
+one that is ``AGEING_PER_S`` patches per second of its waiting shorter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from triptych.errors import Overloaded
+
+AGEING_S = 0.5
+"""Seconds of waiting that outweigh a whole batch of patches."""
+AHEAD_BATCHES = 3
+"""Batches of patches that may be prepared ahead of the forward: bounds the pixels in memory."""
+
+
+class Phase(Enum):
+    WAITING = auto()
+    PREPARING = auto()
+    PREPARED = auto()
+    RUNNING = auto()
+
+
+FOLLOWS = {
+    Phase.PREPARING: Phase.WAITING,
+    Phase.PREPARED: Phase.PREPARING,
+    Phase.RUNNING: Phase.PREPARED,
+}
+"""Phase → the only phase that it may be entered from."""
+
+
+@dataclass
+class _Work:
+    number: int
+    patches: int
+    nbytes: int
+    urgency: float
+    phase: Phase = Phase.WAITING
+
+
+class EncodeScheduler:
+    """Images from their arrival to the end of their forward, known by a number of the caller's.
+
+    ``batch_patches``: most patches of one forward (a larger image runs alone). ``queue_patches``
+    and ``queue_nbytes``: most patches and file bytes that wait for a forward. ``preparers``: most
+    images in preparation at once.
+    """
+
+    def __init__(
+        self, *, batch_patches: int, queue_patches: int, queue_nbytes: int, preparers: int
+    ) -> None:
+        self._batch_patches = batch_patches
+        self._queue_patches = queue_patches
+        self._queue_nbytes = queue_nbytes
+        self._preparers = preparers
+        self._work: dict[int, _Work] = {}
+
+    def check_room(self, patches: int, nbytes: int) -> None:
+        """Raises Overloaded unless so much more may wait. An empty queue takes anything."""
+        waiting = [work for work in self._work.values() if work.phase is not Phase.RUNNING]
+        if not waiting:
+            return
+        if sum(work.patches for work in waiting) + patches > self._queue_patches:
+            raise Overloaded(f"more than {self._queue_patches} vision patches wait to be encoded")
+        if sum(work.nbytes for work in waiting) + nbytes > self._queue_nbytes:
+            raise Overloaded(f"more than {self._queue_nbytes} bytes of images wait to be encoded")
+
+    def add(self, number: int, patches: int, nbytes: int, now: float) -> None:
+        """``now``: seconds of any clock that never runs backwards."""
+        assert number not in self._work, f"work {number} is already known"
+        # Everybody ages alike, so waiting time can be counted once, as the time of arrival.
+        urgency = patches + now * self._batch_patches / AGEING_S
+        self._work[number] = _Work(number, patches, nbytes, urgency)
+
+    def next_to_prepare(self) -> int | None:
+        """The image whose preparation begins now, if one may."""
+        preparing = self._in(Phase.PREPARING)
+        if len(preparing) >= self._preparers:
+            return None
+        waiting = self._in(Phase.WAITING)
+        if not waiting:
+            return None
+        ahead = sum(work.patches for work in (*preparing, *self._in(Phase.PREPARED)))
+        chosen = waiting[0]
+        if ahead and ahead + chosen.patches > AHEAD_BATCHES * self._batch_patches:
+            return None
+        self._advance(chosen, Phase.PREPARING)
+        return chosen.number
+
+    def prepared(self, number: int) -> None:
+        self._advance(self._work[number], Phase.PREPARED)
+
+    def next_batch(self) -> list[int]:
+        """The images of the next forward: the most urgent one, and what still fits beside it."""
+        batch: list[int] = []
+        room = self._batch_patches
+        for work in self._in(Phase.PREPARED):
+            if not batch or work.patches <= room:
+                batch.append(work.number)
+                room -= work.patches
+                self._advance(work, Phase.RUNNING)
+        return batch
+
+    def done(self, number: int) -> None:
+        """The image's forward has ended, or its preparation failed."""
+        del self._work[number]
+
+    def cancel(self, number: int) -> bool:
+        """Forget an image. False: its forward is running, and ``done`` will say when it ends."""
+        work = self._work.get(number)
+        if work is not None and work.phase is Phase.RUNNING:
+            return False
+        self._work.pop(number, None)
+        return True
+
+    def _in(self, phase: Phase) -> list[_Work]:
+        """Most urgent first."""
+        found = (work for work in self._work.values() if work.phase is phase)
+        return sorted(found, key=lambda work: (work.urgency, work.number))
+
+    @staticmethod
+    def _advance(work: _Work, phase: Phase) -> None:
+        assert work.phase is FOLLOWS[phase], f"work {work.number}: {work.phase} → {phase}"
+        work.phase = phase

@@ -1,0 +1,97 @@
+"""The encoder worker: images in, embeddings in a pool that consumers read.
+
+``service.py`` tells the life of an image; this file joins it to the worker's shell.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from triptych import wire
+from triptych.config import MIB, EncoderConfig, Secrets
+from triptych.encoder.runner import self_check
+from triptych.encoder.service import EncoderService
+from triptych.errors import ConfigError
+from triptych.media.processor import Processor
+from triptych.models.loading import identity, load_encoder
+from triptych.models.vision import VisionModel
+from triptych.stage import Stage
+from triptych.transfer.channel import Channel
+from triptych.transfer.producer import Producer
+from triptych.transfer.region import Region
+from triptych.transfer.transports.choice import open_transports
+from triptych.transfer.transports.http import transfer_route
+
+
+class EncoderWorker:
+    """What the shell calls: the service, its region, and the transports that serve it."""
+
+    def __init__(
+        self, stage: Stage, config: EncoderConfig, processor: Processor, model: VisionModel
+    ) -> None:
+        self.region = Region(config.pool_mib * MIB, stage.nonce)
+        self._transports = open_transports(
+            config.network.transport,
+            self.region,
+            url=stage.url,
+            host=urlsplit(stage.url).hostname or config.network.host,
+        )
+        self.service = EncoderService(
+            config,
+            stage.identity,
+            processor,
+            model,
+            self.region,
+            producer=lambda on_idle: Producer(stage.url, stage.nonce, stage.timeouts, on_idle),
+            report=stage.report,
+            spans=stage.spans,
+        )
+
+    async def start(self) -> None:
+        await self.service.start()
+
+    async def stop(self) -> None:
+        await self.service.stop()
+        for transport in self._transports.values():
+            transport.close()
+        self.region.close()
+
+    def offers(self) -> tuple[wire.TransportOffer, ...]:
+        return tuple(transport.offer() for transport in self._transports.values())
+
+    async def encode(self, message: wire.EncodeRequest, channel: Channel) -> wire.EncodeResponse:
+        return await self.service.encode(message, channel.session)
+
+    def on_message(self, channel: Channel, message: wire.ChannelMessage) -> None:
+        self.service.producer.handle(channel, message)
+
+    def on_lost(self, channel: Channel) -> None:
+        self.service.producer.session_lost(channel.session)
+
+    def cancel(self, request_id: str) -> None:
+        self.service.cancel(request_id)
+
+
+def create(config: EncoderConfig, secrets: Secrets) -> Stage:
+    """Load the vision half, check it against its processor, and wire the worker.
+
+    Blocks for seconds. Raises ConfigError and UnsupportedModel.
+    """
+    for name in ("pool_mib", "batch_patches", "queue_patches", "media_threads"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1")
+    processor = Processor(config.model)
+    stage = Stage(
+        "encoder",
+        network=config.network,
+        timeouts=config.timeouts,
+        secrets=secrets,
+        identity=identity(config.model, processor.backend),
+    )
+    model = load_encoder(config.model)
+    self_check(model, processor)
+    worker = EncoderWorker(stage, config, processor, model)
+    stage.post("/encode", wire.EncodeRequest, worker.encode)
+    stage.route(transfer_route(worker.region, stage.sessions, worker.service.producer.may_read))
+    stage.attach(worker, wire.Capacity(pool_nbytes=worker.service.pool.nbytes))
+    return stage

@@ -1,0 +1,358 @@
+"""The encoder's life of an image, on the event loop: from its digest to an embedding in a slot.
+
+``encode`` answers as soon as the header is read and a slot is set aside: nothing there decodes,
+hashes or computes. What follows is told by the methods in their order: ``_start`` queues the
+image, ``_pump`` hands it to a media thread and then, batched, to the engine thread, ``_finish``
+makes the slot readable. Images that are already in the pool, or on their way into it, are lent
+again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+from triptych import wire
+from triptych.config import EncoderConfig
+from triptych.encoder.admission import Admission
+from triptych.encoder.cache import EmbeddingCache
+from triptych.encoder.embedding import Draft, Embedding
+from triptych.encoder.runner import BatchResult, Job, Prepared, RawImage, Runner, prepare
+from triptych.encoder.scheduler import EncodeScheduler
+from triptych.errors import ClientError, PromptTooLong, TriptychError
+from triptych.media.image import read_header
+from triptych.media.processor import Processor
+from triptych.models.vision import VisionModel
+from triptych.refs import EmbeddingRef
+from triptych.request import ItemMeta, Span
+from triptych.transfer.pool import Extent, Pool
+from triptych.transfer.producer import Producer
+from triptych.transfer.region import Region
+
+logger = logging.getLogger(__name__)
+
+ROLE = "encoder"
+QUEUE_NBYTES = 256 << 20
+"""Bytes of image files that may wait to be encoded."""
+
+
+class EncoderService:
+    """Owner of the pool's slots. Every method runs on the event loop."""
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        identity: wire.ModelIdentity,
+        processor: Processor,
+        model: VisionModel,
+        region: Region,
+        *,
+        producer: Callable[[Callable[[int], None]], Producer],
+        report: Callable[[wire.Message], None],
+        spans: Callable[[str, Sequence[Span]], None],
+    ) -> None:
+        """``producer(on_idle)`` makes the producer; ``report`` and ``spans`` tell the router."""
+        self._limits = config.limits
+        self._timeouts = config.timeouts
+        self._identity = identity
+        self._processor = processor
+        self._model = model
+        self._report = report
+        self._spans = spans
+        self.producer = producer(self._on_idle)
+        pool_nbytes = config.pool_mib << 20
+        self.pool = Pool(region.carve(pool_nbytes), pool_nbytes, on_pressure=self._relieve)
+        self._admission = Admission(self.pool, config.timeouts.pool)
+        self.cache = EmbeddingCache()
+        self._scheduler = EncodeScheduler(
+            batch_patches=config.batch_patches,
+            queue_patches=config.queue_patches,
+            queue_nbytes=QUEUE_NBYTES,
+            preparers=config.media_threads,
+        )
+        self._media = ThreadPoolExecutor(config.media_threads, thread_name_prefix="encoder-media")
+        self._runner = Runner(model, region, self._from_runner, config.threads)
+        self._running = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._embeddings: dict[int, Embedding] = {}
+        """By slot."""
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._runner.start()
+
+    async def stop(self) -> None:
+        """Ends both kinds of threads; what they still work on is dropped."""
+        self._admission.close()
+        self._media.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self._runner.close, self._timeouts.drain)
+        self.producer.close()
+
+    # ------------------------------------------------------------------ the router's calls
+
+    async def encode(self, message: wire.EncodeRequest, session_id: str) -> wire.EncodeResponse:
+        """``POST /encode``. Waits only when the pool is full.
+
+        An item at fault is answered with its error; the request fails as a whole by Overloaded
+        (queue, or no room within ``timeouts.pool``), PromptTooLong (never any room) or Cancelled,
+        and then holds nothing here.
+        """
+        request = message.request_id
+        answers: dict[int, wire.EncodedItem] = {}
+        drafts: dict[str, Draft] = {}
+        indexes: defaultdict[str, list[int]] = defaultdict(list)
+        for item in message.items:
+            key = self._key(item.digest, message.images_in_request)
+            slot = self.cache.find(key)
+            if slot is not None:
+                answers[item.index] = self._lend(slot, item.index, request, session_id)
+            elif item.data is None:
+                answers[item.index] = wire.EncodedItem(item.index, miss=True)
+            elif key in drafts:
+                indexes[key].append(item.index)
+            else:
+                try:
+                    drafts[key] = self._draft(key, item.digest, item.data, message)
+                    indexes[key].append(item.index)
+                except ClientError as exc:
+                    name = type(exc).__name__
+                    answers[item.index] = wire.EncodedItem(
+                        item.index, error=name, reason=exc.message
+                    )
+        try:
+            extents = await self._room(list(drafts.values()), request)
+        except (TriptychError, asyncio.CancelledError):
+            self.producer.cancel(request)
+            raise
+        for (key, draft), extent in zip(drafts.items(), extents, strict=True):
+            slot = self.cache.find(key)  # somebody may have brought it while this request waited
+            if slot is not None:
+                self.pool.free(extent)
+            for index in indexes[key]:
+                if slot is None:
+                    slot, answer = self._open(draft, extent, index, request, session_id)
+                else:
+                    answer = self._lend(slot, index, request, session_id)
+                answers[index] = answer
+        self._pump()
+        return wire.EncodeResponse(tuple(answers[item.index] for item in message.items))
+
+    def cancel(self, request_id: str) -> None:
+        """Drop the request's leases and what is done for nobody else. Idempotent."""
+        self._admission.cancel(request_id)
+        for embedding in self._embeddings.values():
+            if embedding.waiters:
+                embedding.waiters = [w for w in embedding.waiters if w[0] != request_id]
+        self.producer.cancel(request_id)
+
+    # ------------------------------------------------------------------ before the answer
+
+    def _key(self, digest: str, images_in_request: int) -> str:
+        """Everything that decides the bytes of an embedding, and nothing else."""
+        facts = (
+            "image",
+            digest,
+            self._identity.fingerprint,
+            self._identity.dtype,
+            self._processor.backend,
+            self._processor.fingerprint,
+            self._processor.context(images_in_request),
+        )
+        return hashlib.sha256("\0".join(facts).encode()).hexdigest()
+
+    def _draft(self, key: str, digest: str, data: bytes, message: wire.EncodeRequest) -> Draft:
+        """Raises BadMedia."""
+        header = read_header(data, self._limits)
+        plan = self._processor.plan(header, message.images_in_request)
+        meta = ItemMeta(
+            key=key,
+            text=plan.text,
+            rows=plan.rows,
+            grid=plan.grid,
+            planes=self._model.planes,
+            width=self._model.width,
+            dtype=self._identity.dtype,
+        )
+        if meta.nbytes > self.pool.nbytes:
+            raise PromptTooLong(
+                f"the image's embedding has {meta.nbytes} bytes, the pool {self.pool.nbytes}"
+            )
+        image = RawImage(data, digest, header, message.images_in_request)
+        return Draft(meta, plan.patches, image)
+
+    async def _room(self, drafts: list[Draft], request: str) -> list[Extent]:
+        """One extent per draft."""
+        self._admission.check(request)
+        self._scheduler.check_room(
+            sum(draft.patches for draft in drafts), sum(len(draft.image.data) for draft in drafts)
+        )
+        return await self._admission.take([draft.meta.nbytes for draft in drafts], request)
+
+    def _open(
+        self, draft: Draft, extent: Extent, index: int, request: str, session_id: str
+    ) -> tuple[int, wire.EncodedItem]:
+        """A new slot for an image; its way to the engine begins."""
+        meta = draft.meta
+        ref = self.producer.lend_embedding(
+            wire.Piece(extent.offset, meta.nbytes),
+            meta.key,
+            meta.dtype,
+            meta.shape,
+            holder=session_id,
+            request_id=request,
+        )
+        embedding = Embedding(ref.slot, meta, extent, image=draft.image)
+        embedding.waiters.append((request, index))
+        self._embeddings[ref.slot] = embedding
+        self.cache.add(meta.key, ref.slot)
+        self._scheduler.add(ref.slot, draft.patches, len(draft.image.data), time.monotonic())
+        return ref.slot, wire.EncodedItem(index, meta=meta, ref=ref)
+
+    def _lend(self, slot: int, index: int, request: str, session_id: str) -> wire.EncodedItem:
+        """A slot that exists: its embedding is there, or on its way for somebody else."""
+        embedding = self._embeddings[slot]
+        ref = self.producer.lend_again(slot, holder=session_id, request_id=request)
+        assert isinstance(ref, EmbeddingRef)
+        self.cache.pin(slot)
+        if not embedding.cached:
+            embedding.waiters.append((request, index))
+        return wire.EncodedItem(index, cached=embedding.cached, meta=embedding.meta, ref=ref)
+
+    # ------------------------------------------------------------------ from slot to embedding
+
+    def _pump(self) -> None:
+        """Give every idle thread its next work."""
+        while (slot := self._scheduler.next_to_prepare()) is not None:
+            embedding = self._embeddings[slot]
+            image, embedding.image = embedding.image, None
+            assert image is not None, "an image is prepared once"
+            future = self._media.submit(prepare, image, self._processor, self._limits)
+            future.add_done_callback(partial(self._from_media, slot))
+            embedding.preparing = future
+        if not self._running and (batch := self._scheduler.next_batch()):
+            self._running = True
+            self._runner.submit([self._job(self._embeddings[slot]) for slot in batch])
+
+    @staticmethod
+    def _job(embedding: Embedding) -> Job:
+        assert embedding.prepared is not None
+        return Job(
+            embedding.slot,
+            embedding.prepared.inputs,
+            embedding.extent.offset,
+            embedding.meta.shape,
+        )
+
+    def _from_media(self, slot: int, future: Future[Prepared]) -> None:
+        """On a media thread."""
+        if not future.cancelled():
+            self._call(self._on_prepared, slot, future)
+
+    def _from_runner(self, result: BatchResult) -> None:
+        """On the engine thread."""
+        self._call(self._on_batch, result)
+
+    def _call(self, method: Callable[..., None], *arguments: object) -> None:
+        assert self._loop is not None, "threads work between start and stop"
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(method, *arguments)
+
+    def _on_prepared(self, slot: int, future: Future[Prepared]) -> None:
+        embedding = self._embeddings.get(slot)
+        if embedding is not None and not embedding.failed:  # else cancelled meanwhile
+            embedding.preparing = None
+            error = future.exception()
+            if error is None:
+                embedding.prepared = future.result()
+                self._scheduler.prepared(slot)
+            else:
+                self._scheduler.done(slot)
+                self._fail(embedding, error)
+        self._pump()
+
+    def _on_batch(self, result: BatchResult) -> None:
+        self._running = False
+        for slot in result.slots:
+            self._scheduler.done(slot)
+            embedding = self._embeddings[slot]
+            if slot in result.errors:
+                self._fail(embedding, result.errors[slot])
+            elif self.producer.leases(slot):
+                self._finish(embedding, result)
+            else:
+                self._drop(embedding)  # cancelled while its forward ran
+        self._pump()
+
+    def _finish(self, embedding: Embedding, result: BatchResult) -> None:
+        """The embedding is in its slot: whoever claimed it may read."""
+        self.cache.filled(embedding.slot)
+        embedding.cached = True
+        piece = wire.Piece(embedding.extent.offset, embedding.meta.nbytes)
+        self.producer.ready(embedding.slot, [piece], last=True)
+        for request, index in embedding.waiters:
+            self._spans(request, embedding.spans(result, index))
+        embedding.waiters.clear()
+        embedding.prepared = None
+
+    def _fail(self, embedding: Embedding, cause: BaseException) -> None:
+        """This image alone has failed; those who wait for it are told, the key is free again."""
+        if isinstance(cause, TriptychError):
+            error = cause
+        else:
+            logger.error("preparing an image failed", exc_info=cause)
+            error = TriptychError(f"the image cannot be prepared ({type(cause).__name__})")
+        embedding.failed = True
+        embedding.prepared = None
+        self.cache.remove(embedding.slot)
+        waiters, embedding.waiters = embedding.waiters, []
+        for request, index in waiters:
+            self._report(
+                wire.Failed(
+                    request_id=request,
+                    stage=ROLE,
+                    error=type(error).__name__,
+                    reason=error.message,
+                    item=index,
+                    retryable=error.retryable,
+                )
+            )
+        self.producer.fail(embedding.slot, error)
+        if not self.producer.leases(embedding.slot):
+            self._drop(embedding)
+
+    # ------------------------------------------------------------------ leases and memory
+
+    def _on_idle(self, slot: int) -> None:
+        """Nobody holds a lease any more: keep what is full, stop what is under way."""
+        embedding = self._embeddings.get(slot)
+        if embedding is None:
+            return
+        if embedding.cached:
+            self.cache.unpin(slot)
+            self.pool.serve()  # what was pinned may make room for a waiter now
+        elif embedding.failed or self._scheduler.cancel(slot):
+            self._drop(embedding)
+        # else its forward is running; _on_batch drops it
+
+    def _drop(self, embedding: Embedding) -> None:
+        """Forget a slot without leases and give its memory back. Idempotent."""
+        if self._embeddings.pop(embedding.slot, None) is None:
+            return
+        if embedding.preparing is not None:
+            embedding.preparing.cancel()
+        self.cache.remove(embedding.slot)
+        self.producer.close_slot(embedding.slot)
+        self.pool.free(embedding.extent)
+
+    def _relieve(self, nbytes: int) -> bool:
+        """The pool is full: let the embedding go that nobody has used for the longest time."""
+        slot = self.cache.evict()
+        if slot is not None:
+            self._drop(self._embeddings[slot])
+        return slot is not None

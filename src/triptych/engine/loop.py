@@ -1,0 +1,345 @@
+"""The engine: one thread that owns the model, messages in, messages out."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from triptych.config import MIB, EngineConfig
+from triptych.engine.block_manager import BlockManager
+from triptych.engine.kv_cache import KVCache, KVShape
+from triptych.engine.messages import (
+    AddRequest,
+    Cancel,
+    ItemLanded,
+    Message,
+    Prefilled,
+    Progress,
+    ReleaseKV,
+    Reserve,
+    Reserved,
+    StartDecode,
+    StepOutput,
+)
+from triptych.engine.outbox import Outbox
+from triptych.engine.runner import Prompt, Runner
+from triptych.engine.sampler import Sampled
+from triptych.engine.scheduler import Scheduler, Work
+from triptych.engine.sequence import Phase, Reservation, Sequence, locate_items
+from triptych.errors import BadRequest, PromptTooLong, TriptychError, WorkerLost
+from triptych.models.language import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves prompts and answers of many requests together.
+
+    ``kv_memory``: (nbytes,) uint8 on the model's device, the KV cache; None: own memory of
+    ``config.kv_mib``. ``emit`` is called on the engine thread, once a turn at most, and must not
+    block. Raises ConfigError if the cache has no room for a block.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        kv_memory: Tensor | None,
+        config: EngineConfig,
+        emit: Callable[[StepOutput], None],
+    ) -> None:
+        if kv_memory is None:
+            kv_memory = torch.zeros(config.kv_mib * MIB, dtype=torch.uint8, device=model.device)
+        shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
+        self.model = model
+        self.kv = KVCache(kv_memory, shape, config.block_size)
+        self._max_tokens = min(config.max_model_len or model.max_positions, model.max_positions)
+        self.max_model_len = min(self._max_tokens, self.kv.n_blocks * config.block_size)
+        """Longest prompt plus answer."""
+        self._threads = config.threads
+        self._emit = emit
+        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        blocks = BlockManager(self.kv.n_blocks, config.block_size)
+        self._scheduler = Scheduler(blocks, config.chunk_tokens, config.max_sequences)
+        self._runner = Runner(
+            model, self.kv, self._scheduler.places, blocks.blocks_for(self.max_model_len)
+        )
+        self._sequences: dict[str, Sequence] = {}
+        self._reservations: dict[str, Reservation] = {}
+        self._out = Outbox()
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    # -------------------------------------------------------------- any thread
+
+    def submit(self, message: Message) -> None:
+        """Hand in a message. Raises WorkerLost for new work after ``close``."""
+        if self._closed and isinstance(message, AddRequest | Reserve):
+            raise WorkerLost("the engine is closed")
+        self._inbox.put(message)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self, timeout_s: float) -> None:
+        """Fail what is left and end the thread once the running step is over. Idempotent."""
+        self._closed = True
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            logger.warning("the engine's running step did not end within %g s", timeout_s)
+
+    # -------------------------------------------------------------- engine thread
+
+    def _loop(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        busy = False
+        while self._take_messages(wait=not busy):
+            schedule = self._scheduler.schedule()
+            self._grant(schedule.granted)
+            if schedule.work:
+                self._step(schedule.work)
+            busy = bool(schedule.work)
+            self._flush()
+        for request_id in [*self._sequences, *self._reservations]:
+            self._fail(request_id, WorkerLost("the engine was closed"))
+        self._flush()
+
+    def _take_messages(self, *, wait: bool) -> bool:
+        """Apply everything in the inbox, after waiting for a first message if told to.
+
+        False when the engine is to end. An idle engine waits without an end: ``close`` wakes it.
+        """
+        while wait or not self._inbox.empty():
+            message = self._inbox.get()
+            if message is None:
+                return False
+            with self._ending_on_failure((message.request_id,)):
+                self._apply(message)
+            wait = False
+        return True
+
+    def _apply(self, message: Message) -> None:
+        match message:
+            case AddRequest():
+                self._add(message)
+            case ItemLanded():
+                self._land(message)
+            case Reserve():
+                self._reserve(message)
+            case StartDecode():
+                self._start_decode(message)
+            case Cancel() | ReleaseKV():
+                self._end(message.request_id)
+
+    def _step(self, work: Seq[Work]) -> None:
+        started = time.time()
+        for sequence in (w.sequence for w in work):
+            if sequence.scheduled is None:
+                sequence.scheduled = started
+                self._out.span(sequence.request_id, "queue", sequence.arrived, started)
+        with self._ending_on_failure([w.sequence.request_id for w in work]):
+            sampled = iter(self._runner.run(work))
+            ended = time.time()
+            for w in work:
+                if not w.is_decode:
+                    self._advance_prompt(w, started, ended)
+                if w.samples:
+                    self._accept(w, next(sampled), started, ended)
+                w.sequence.computed = w.stop
+
+    def _grant(self, granted: Iterable[Reservation]) -> None:
+        now = time.time()
+        for reservation in granted:
+            self._out.reserved.append(Reserved(reservation.request_id, reservation.blocks))
+            self._out.span(reservation.request_id, "queue", reservation.arrived, now)
+
+    def _flush(self) -> None:
+        output = self._out.seal()
+        if output is not None:
+            self._out = Outbox()
+            self._emit(output)
+
+    # -------------------------------------------------------------- messages
+
+    def _add(self, message: AddRequest) -> None:
+        request_id, sampling = message.request_id, message.sampling
+        if self._knows(request_id):
+            return
+        n_prompt = len(message.token_ids)
+        if n_prompt < 1 or sampling.max_tokens < 1:
+            raise BadRequest("a request needs a prompt and at least one token of answer")
+        n_tokens = n_prompt + sampling.max_tokens
+        if n_tokens > self._max_tokens:
+            raise PromptTooLong(
+                f"{n_prompt} prompt tokens and {sampling.max_tokens} of answer are more than "
+                f"the {self._max_tokens} that this worker takes"
+            )
+        self._check_ids(message.token_ids)
+        items, row_positions = locate_items(
+            message.token_ids, self.model.image_token_id, message.items
+        )
+        sequence = Sequence(
+            request_id=request_id,
+            n_prompt=n_prompt,
+            n_tokens=n_prompt if message.keep_kv else n_tokens,
+            sampling=sampling,
+            arrived=time.time(),
+            items=items,
+            keep_kv=message.keep_kv,
+        )
+        prompt = Prompt.build(self.model, message.token_ids, message.items, row_positions)
+        sequence.next_position = prompt.next_position
+        self._scheduler.add(sequence)
+        self._sequences[request_id] = sequence
+        self._runner.add(request_id, prompt)
+
+    def _land(self, message: ItemLanded) -> None:
+        sequence = self._sequences.get(message.request_id)
+        if sequence is None or not 0 <= message.item < len(sequence.items):
+            self._out.consumed.append((message.request_id, message.item))
+            return
+        item = sequence.items[message.item]
+        assert not item.landed, "an image lands once"
+        item.landed = True
+        self._runner.land(message.request_id, message.item, message.rows)
+
+    def _reserve(self, message: Reserve) -> None:
+        if self._knows(message.request_id):
+            return
+        if message.n_tokens > self._max_tokens:
+            raise PromptTooLong(
+                f"{message.n_tokens} tokens are more than the {self._max_tokens} that this "
+                "worker takes"
+            )
+        reservation = Reservation(message.request_id, message.n_tokens, time.time())
+        self._scheduler.add(reservation)
+        self._reservations[message.request_id] = reservation
+
+    def _start_decode(self, message: StartDecode) -> None:
+        reservation = self._reservations.get(message.request_id)
+        if reservation is None:
+            return
+        if message.first.finish:
+            self._end(message.request_id)
+            return
+        assert reservation.blocks, "decode starts in blocks that were granted"
+        n_tokens = message.n_prompt + message.sampling.max_tokens
+        if n_tokens > reservation.n_tokens:
+            raise PromptTooLong(
+                f"{n_tokens} tokens are more than the {reservation.n_tokens} reserved"
+            )
+        self._check_ids((message.first.token,))
+        now = time.time()
+        sequence = Sequence(
+            request_id=message.request_id,
+            n_prompt=message.n_prompt,
+            n_tokens=reservation.n_tokens,
+            sampling=message.sampling,
+            arrived=now,
+            phase=Phase.DECODE,
+            computed=message.n_prompt,
+            output=[message.first.token],
+            next_position=message.next_position,
+            scheduled=now,
+        )
+        del self._reservations[message.request_id]
+        self._sequences[message.request_id] = sequence
+        self._scheduler.start(sequence)
+
+    def _check_ids(self, token_ids: Iterable[int]) -> None:
+        """An id outside the vocabulary would fail the whole step, on some devices the process."""
+        known, image = range(self.model.vocab_size), self.model.image_token_id
+        for token in token_ids:
+            if token not in known and token != image:
+                raise BadRequest(f"token {token} is not in the model's vocabulary")
+
+    def _knows(self, request_id: str) -> bool:
+        known = request_id in self._sequences or request_id in self._reservations
+        if known:
+            logger.warning("request %s was sent twice; the second is ignored", request_id)
+        return known
+
+    # -------------------------------------------------------------- results of a step
+
+    def _advance_prompt(self, work: Work, started: float, ended: float) -> None:
+        sequence, stop = work.sequence, work.stop
+        self._out.span(
+            sequence.request_id, "prefill", started, ended, f"tokens {work.start}..{stop}"
+        )
+        for index, item in enumerate(sequence.items):
+            if item.stop <= stop and not item.consumed:
+                self._consume(sequence, index)
+        if sequence.keep_kv:
+            size = self.kv.block_size
+            n_blocks = len(sequence.blocks) if work.samples else stop // size
+            self._out.progress.append(
+                Progress(sequence.request_id, stop, sequence.blocks[:n_blocks])
+            )
+
+    def _accept(self, work: Work, sampled: Sampled, started: float, ended: float) -> None:
+        sequence, request_id = work.sequence, work.sequence.request_id
+        finish = sequence.accept(sampled.token)
+        event = self._out.token(sequence, sampled, finish)
+        if work.is_decode:
+            sequence.decoded += 1
+            if sequence.decoding_since is None:
+                sequence.decoding_since = started
+        else:
+            self._out.span(request_id, "first_token", ended, ended)
+        if sequence.keep_kv:
+            self._out.prefilled.append(Prefilled(request_id, event, sequence.next_position))
+            self._scheduler.keep(sequence)
+            self._runner.forget(request_id)
+        elif finish:
+            if sequence.decoding_since is not None:
+                note = str(sequence.decoded)
+                self._out.span(request_id, "decode", sequence.decoding_since, ended, note)
+            self._end(request_id)
+        elif sequence.phase is Phase.PREFILL:
+            sequence.become(Phase.DECODE)
+
+    # -------------------------------------------------------------- ends
+
+    def _consume(self, sequence: Sequence, index: int) -> None:
+        sequence.items[index].consumed = True
+        self._runner.drop_rows(sequence.request_id, index)
+        self._out.consumed.append((sequence.request_id, index))
+
+    def _end(self, request_id: str) -> None:
+        """Forget the request and free what it holds. Idempotent."""
+        self._reservations.pop(request_id, None)
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            for index, item in enumerate(sequence.items):
+                if item.landed and not item.consumed:
+                    self._consume(sequence, index)
+            sequence.become(Phase.ENDED)
+        self._scheduler.end(request_id)
+        self._runner.forget(request_id)
+
+    def _fail(self, request_id: str, error: TriptychError) -> None:
+        self._end(request_id)
+        self._out.failed.append((request_id, error))
+
+    @contextmanager
+    def _ending_on_failure(self, request_ids: Iterable[str]) -> Iterator[None]:
+        """The boundary between requests: what goes wrong inside ends these and nothing else."""
+        try:
+            yield
+        except TriptychError as exc:
+            for request_id in request_ids:
+                self._fail(request_id, exc)
+        except Exception as exc:  # a task boundary: the model may raise anything
+            logger.exception("requests %s failed", ", ".join(request_ids))
+            for request_id in request_ids:
+                self._fail(request_id, TriptychError(f"{type(exc).__name__}: {exc}"))

@@ -1,0 +1,127 @@
+"""What goes into the engine and what comes out. The engine thread and its owner share nothing else.
+
+In: a language worker sends ``AddRequest`` and ``ItemLanded``; a prefill worker the same with
+``keep_kv`` and later ``ReleaseKV``; a decode worker ``Reserve`` and ``StartDecode``; all of them
+``Cancel``. A message for a request that the engine does not know is ignored: it may have been
+cancelled a moment ago. Out: one ``StepOutput`` for everything that one turn of the loop brought.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from triptych.engine.sequence import ItemSpan
+from triptych.errors import TriptychError
+from triptych.request import Sampling, Span, TokenEvent
+
+# ------------------------------------------------------------------ in
+
+
+@dataclass(frozen=True, slots=True)
+class AddRequest:
+    """Compute a prompt, then its answer."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    """The prompt; each item's rows are the next ``rows`` occurrences of the image token."""
+    items: tuple[ItemSpan, ...]
+    sampling: Sampling
+    keep_kv: bool = False
+    """Stop after the first token and keep the prompt's KV blocks until ``ReleaseKV``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemLanded:
+    """An image's embedding is in this process's memory.
+
+    The engine reads ``rows`` in place; every ``ItemLanded`` is answered by one entry of
+    ``StepOutput.consumed``, also when the request has ended, and the memory is free from then on.
+    """
+
+    request_id: str
+    item: int
+    rows: Tensor
+    """(planes, rows, width), on any device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Take blocks for ``n_tokens`` (prompt and answer) whose first KV comes from elsewhere."""
+
+    request_id: str
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartDecode:
+    """The KV of ``n_prompt`` tokens is in the reserved blocks: go on after ``first``."""
+
+    request_id: str
+    n_prompt: int
+    first: TokenEvent
+    next_position: int
+    """Position id of ``first``."""
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End the request and free its blocks. Memory that a transfer may still write must not be
+    cancelled before that transfer is drained."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseKV:
+    """The KV kept for a consumer has been read."""
+
+    request_id: str
+
+
+Message = AddRequest | ItemLanded | Reserve | StartDecode | Cancel | ReleaseKV
+
+# ------------------------------------------------------------------ out
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the prompt of a ``keep_kv`` request is. The host has seen the blocks computed."""
+
+    request_id: str
+    computed: int
+    """Tokens whose KV is in the cache."""
+    blocks: tuple[int, ...]
+    """All blocks that will not be written again, from the first, in the order of the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """A ``keep_kv`` request is done: what the decode worker needs besides the blocks."""
+
+    request_id: str
+    first: TokenEvent
+    next_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    request_id: str
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """All results of one turn. ``progress`` is to be handled before ``prefilled``."""
+
+    tokens: tuple[TokenEvent, ...] = ()
+    progress: tuple[Progress, ...] = ()
+    prefilled: tuple[Prefilled, ...] = ()
+    """In the same output as the request's last ``Progress`` and its first token's event."""
+    consumed: tuple[tuple[str, int], ...] = ()
+    """(request id, item) whose landed rows will not be read again."""
+    failed: tuple[tuple[str, TriptychError], ...] = ()
+    reserved: tuple[Reserved, ...] = ()
+    spans: tuple[tuple[str, Span], ...] = ()

@@ -1,0 +1,235 @@
+"""One step of the model: from work to tokens. Holds what the device needs of each request."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from triptych.engine.attention import Chunk, DecodeBatch, StepContext
+from triptych.engine.kv_cache import KVCache
+from triptych.engine.sampler import Draw, Sampled, sample
+from triptych.engine.scheduler import Work
+from triptych.engine.sequence import ItemSpan, Sequence
+from triptych.errors import TransferFailed
+from triptych.models.language import LanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt on the device."""
+
+    ids: Tensor
+    """(tokens,) int64."""
+    positions: Tensor
+    """(axes, tokens) int64."""
+    next_position: int
+    """Position id of the first generated token, equal on every axis."""
+    row_positions: list[int]
+    """Tokens at which rows stand, of all images in order."""
+    row_index: Tensor
+    """The same as (rows,) int64."""
+    first_rows: list[int]
+    """Number of the first row of each image, and the number of all rows."""
+    landed: dict[int, Tensor] = field(default_factory=dict)
+    """By image: (planes, rows, width)."""
+
+    @classmethod
+    def build(
+        cls,
+        model: LanguageModel,
+        token_ids: Seq[int],
+        spans: Seq[ItemSpan],
+        row_positions: list[int],
+    ) -> Prompt:
+        """``row_positions`` as from ``locate_items``. Raises BadRequest if the images' grids do
+        not agree with the tokens."""
+        grids = [span.grid for span in spans if span.grid is not None]
+        positions, next_position = model.positions(list(token_ids), grids)
+        return cls(
+            ids=torch.tensor(token_ids, device=model.device),
+            positions=positions.to(model.device),
+            next_position=next_position,
+            row_positions=row_positions,
+            row_index=torch.tensor(row_positions, dtype=torch.int64, device=model.device),
+            first_rows=[0, *accumulate(span.rows for span in spans)],
+        )
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows ``first .. last`` of all images, (planes, last - first, width)."""
+        parts = []
+        for item, rows in self.landed.items():
+            start, stop = self.first_rows[item], self.first_rows[item + 1]
+            if start < last and first < stop:
+                parts.append((start, rows[:, max(first, start) - start : min(last, stop) - start]))
+        parts.sort(key=lambda part: part[0])
+        return torch.cat([rows for _, rows in parts], 1)
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The flattened step while it is put together."""
+
+    ids: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+    slots: list[Tensor] = field(default_factory=list)
+    row_targets: list[Tensor] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    decodes: DecodeBatch | None = None
+    n_decodes: int = 0
+
+
+class Runner:
+    """``places``: most sequences of a step; ``max_blocks``: most blocks of a sequence."""
+
+    def __init__(self, model: LanguageModel, kv: KVCache, places: int, max_blocks: int) -> None:
+        self._model = model
+        self._kv = kv
+        self._device = model.device
+        self._prompts: dict[str, Prompt] = {}
+        self._tables = torch.zeros(places, max_blocks, dtype=torch.int64, device=self._device)
+        self._free_places = list(range(places))
+        self._places: dict[str, int] = {}
+
+    # -------------------------------------------------------------- requests
+
+    def add(self, request_id: str, prompt: Prompt) -> None:
+        self._prompts[request_id] = prompt
+
+    def land(self, request_id: str, item: int, rows: Tensor) -> None:
+        """``rows``: (planes, rows, width). Raises TransferFailed if that is not their shape."""
+        prompt = self._prompts[request_id]
+        n_rows = prompt.first_rows[item + 1] - prompt.first_rows[item]
+        planes = self._model.planes
+        expected = (planes, n_rows, self._model.hidden_size)
+        if tuple(rows.shape) != expected:
+            raise TransferFailed(
+                f"the embedding of image {item} has shape {tuple(rows.shape)}, not {expected}",
+                item=item,
+            )
+        prompt.landed[item] = rows
+
+    def drop_rows(self, request_id: str, item: int) -> None:
+        """The image's rows are not needed any more."""
+        self._prompts[request_id].landed.pop(item, None)
+
+    def forget(self, request_id: str) -> None:
+        """Nothing more is computed for the request. Idempotent."""
+        self._prompts.pop(request_id, None)
+        place = self._places.pop(request_id, None)
+        if place is not None:
+            self._free_places.append(place)
+
+    # -------------------------------------------------------------- a step
+
+    def run(self, work: Seq[Work]) -> list[Sampled]:
+        """One forward. Returns a token for each entry of ``work`` that samples, in order.
+
+        ``work``: decodes first. When this returns the step's keys and values are computed.
+        """
+        logits = self.logits(work)
+        if logits is None:
+            return []
+        sequences = [w.sequence for w in work if w.samples]
+        return sample(logits, [Draw(s.sampling, len(s.output)) for s in sequences])
+
+    @torch.inference_mode()
+    def logits(self, work: Seq[Work]) -> Tensor | None:
+        """(rows, vocabulary) float32, a row for each entry of ``work`` that samples, or None."""
+        batch = _Batch()
+        decodes = [w.sequence for w in work if w.is_decode]
+        if decodes:
+            self._add_decodes(batch, decodes)
+        first = len(decodes)
+        for w in work[len(decodes) :]:
+            self._add_chunk(batch, w, first)
+            first += w.stop - w.start
+        hidden = self._forward(batch)
+
+        ends = accumulate(w.stop - w.start for w in work)
+        rows = [end - 1 for w, end in zip(work, ends, strict=True) if w.samples]
+        if not rows:
+            hidden[-1, 0].item()  # nothing else waits for the device, and progress is reported
+            return None
+        return self._model.logits(hidden.index_select(0, torch.tensor(rows, device=self._device)))
+
+    def _forward(self, batch: _Batch) -> Tensor:
+        """(tokens, width)."""
+        embeds = self._model.embed(torch.cat(batch.ids))
+        visual_mask, deepstack = None, None
+        if batch.rows:
+            targets = torch.cat(batch.row_targets)
+            planes = torch.cat(batch.rows, 1).to(self._device, embeds.dtype)
+            embeds = embeds.index_copy(0, targets, planes[0])
+            if len(planes) > 1:
+                visual_mask = torch.zeros(len(embeds), dtype=torch.bool, device=self._device)
+                visual_mask.index_fill_(0, targets, True)
+                deepstack = list(planes[1:])
+        context = StepContext(
+            self._kv,
+            torch.cat(batch.slots),
+            batch.decodes,
+            batch.n_decodes,
+            tuple(batch.chunks),
+        )
+        positions = torch.cat(batch.positions, 1)
+        return self._model.forward(
+            embeds, positions, context, visual_mask=visual_mask, deepstack=deepstack
+        )
+
+    def _add_decodes(self, batch: _Batch, sequences: Seq[Sequence]) -> None:
+        size = self._kv.block_size
+        columns = [
+            (
+                s.output[-1],
+                s.last_position,
+                self._kv.slot(s.blocks[s.computed // size], s.computed % size),
+                s.computed + 1,
+                self._place(s),
+            )
+            for s in sequences
+        ]
+        ids, positions, slots, kv_lens, places = torch.tensor(columns, device=self._device).T
+        n_blocks = max(s.computed for s in sequences) // size + 1
+        batch.n_decodes = len(sequences)
+        batch.decodes = DecodeBatch(
+            self._tables[:, :n_blocks].index_select(0, places), kv_lens, n_blocks * size
+        )
+        batch.ids.append(ids)
+        batch.positions.append(positions.expand(self._model.axes, -1))
+        batch.slots.append(slots)
+
+    def _add_chunk(self, batch: _Batch, work: Work, first: int) -> None:
+        """``first``: the flattened batch's row of the chunk's first token."""
+        prompt = self._prompts[work.sequence.request_id]
+        start, stop, size = work.start, work.stop, self._kv.block_size
+        place = self._place(work.sequence)
+        table = self._tables[place : place + 1, : (stop - 1) // size + 1]
+        batch.chunks.append(Chunk(table, start, stop))
+        batch.ids.append(prompt.ids[start:stop])
+        batch.positions.append(prompt.positions[:, start:stop])
+        block = start // size
+        batch.slots.append(
+            self._kv.slots(table[0, block:])[start - block * size : stop - block * size]
+        )
+        row, last_row = (bisect_left(prompt.row_positions, token) for token in (start, stop))
+        if row < last_row:
+            batch.row_targets.append(prompt.row_index[row:last_row] + (first - start))
+            batch.rows.append(prompt.rows(row, last_row))
+
+    def _place(self, sequence: Sequence) -> int:
+        """The sequence's row of the block tables, given when it is first computed."""
+        place = self._places.get(sequence.request_id)
+        if place is None:
+            place = self._places[sequence.request_id] = self._free_places.pop()
+            blocks = list(sequence.blocks)
+            row = torch.tensor(blocks, device=self._device)
+            self._tables[place] = row[-1]  # padding reads the sequence's own memory
+            self._tables[place, : len(blocks)] = row
+            self._kv.clear(blocks[-(-sequence.computed // self._kv.block_size) :])
+        return place

@@ -1,0 +1,132 @@
+"""A request inside the engine, as plain data: what is known of it and how far it is. No torch."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from triptych.errors import BadRequest
+from triptych.request import Sampling
+
+
+class Phase(enum.Enum):
+    QUEUED = "waiting for blocks and a place"
+    PREFILL = "its prompt is being computed"
+    KEPT = "its prompt's KV is kept for a consumer"
+    DECODE = "its answer is being computed"
+    ENDED = "its blocks are free"
+
+
+TRANSITIONS: dict[Phase, frozenset[Phase]] = {
+    Phase.QUEUED: frozenset({Phase.PREFILL, Phase.ENDED}),
+    Phase.PREFILL: frozenset({Phase.DECODE, Phase.KEPT, Phase.ENDED}),
+    Phase.KEPT: frozenset({Phase.ENDED}),
+    Phase.DECODE: frozenset({Phase.ENDED}),
+    Phase.ENDED: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ItemSpan:
+    """An image as the prompt sees it."""
+
+    rows: int
+    grid: tuple[int, int, int] | None
+    """(t, h, w) in patches for models with M-RoPE, else None."""
+
+
+@dataclass(slots=True)
+class Item:
+    """An image of one sequence. Its rows stand at ``start .. stop`` of the prompt, where other
+    tokens may stand between them."""
+
+    start: int
+    stop: int
+    rows: int
+    landed: bool = False
+    consumed: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Reservation:
+    """Blocks held for a sequence whose prompt is being computed elsewhere."""
+
+    request_id: str
+    n_tokens: int
+    arrived: float
+    blocks: tuple[int, ...] = ()
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Positions count tokens from the start of the prompt; the KV of ``0 .. computed`` exists."""
+
+    request_id: str
+    n_prompt: int
+    n_tokens: int
+    """What its blocks must hold."""
+    sampling: Sampling
+    arrived: float
+    """Wall-clock seconds."""
+    items: tuple[Item, ...] = ()
+    keep_kv: bool = False
+    phase: Phase = Phase.QUEUED
+    computed: int = 0
+    output: list[int] = field(default_factory=list)
+    next_position: int = 0
+    """Position id of the first generated token, equal on every M-RoPE axis."""
+    blocks: tuple[int, ...] = ()
+    scheduled: float | None = None
+    """When it was first part of a step, wall-clock seconds; None: not yet."""
+    decoding_since: float | None = None
+    decoded: int = 0
+    """Tokens that decode steps have brought."""
+
+    def become(self, phase: Phase) -> None:
+        assert phase in TRANSITIONS[self.phase], f"{self.phase} -> {phase}"
+        self.phase = phase
+
+    @property
+    def complete(self) -> bool:
+        """Every image has landed."""
+        return all(item.landed for item in self.items)
+
+    @property
+    def ready_until(self) -> int:
+        """Prompt tokens before the first row that has not landed."""
+        return next((item.start for item in self.items if not item.landed), self.n_prompt)
+
+    @property
+    def last_position(self) -> int:
+        """Position id of the newest generated token."""
+        return self.next_position + len(self.output) - 1
+
+    def accept(self, token: int) -> str:
+        """Append a generated token; "stop", "length" or "" for why the answer ends with it."""
+        self.output.append(token)
+        if token in self.sampling.stop_ids:
+            return "stop"
+        return "length" if len(self.output) >= self.sampling.max_tokens else ""
+
+
+def locate_items(
+    token_ids: Seq[int], image_token_id: int, spans: Seq[ItemSpan]
+) -> tuple[tuple[Item, ...], list[int]]:
+    """Where each image's rows stand in the prompt, and the positions of all rows in order.
+
+    Raises BadRequest if the prompt has not exactly one image token for each row.
+    """
+    row_positions = [i for i, token in enumerate(token_ids) if token == image_token_id]
+    n_rows = sum(span.rows for span in spans)
+    if len(row_positions) != n_rows or any(span.rows < 1 for span in spans):
+        raise BadRequest(
+            f"the prompt has {len(row_positions)} image tokens, its {len(spans)} images "
+            f"have {n_rows} rows"
+        )
+    items, first = [], 0
+    for span in spans:
+        last = first + span.rows - 1
+        items.append(Item(row_positions[first], row_positions[last] + 1, span.rows))
+        first = last + 1
+    return tuple(items), row_positions

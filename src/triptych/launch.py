@@ -1,0 +1,361 @@
+"""``triptych serve``: the roles of a topology as child processes of this one.
+
+A child writes to a log file of its own and is in a process group of its own, so that Ctrl-C
+reaches the launcher alone and the launcher decides who ends when: the router first, while the
+workers can still finish its requests. Every child holds the reading end of a pipe whose writing
+end only the launcher has: when the launcher is gone, however it went, they end too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from asyncio.subprocess import DEVNULL, STDOUT, Process
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, get_type_hints
+
+import aiohttp
+import tyro
+from rich.console import Console
+
+from triptych.config import (
+    DecodeConfig,
+    EncoderConfig,
+    LanguageConfig,
+    NetworkConfig,
+    PrefillConfig,
+    RouterConfig,
+    Secrets,
+    ServeConfig,
+    Timeouts,
+    environment_of_children,
+)
+from triptych.errors import ConfigError, DeadlineExceeded, WorkerLost
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.2
+"""Between two looks at the router's /ready."""
+KILL_AFTER_S = Timeouts().drain + 5.0
+"""A child that was asked to end and has not by then is killed."""
+TAIL_LINES = 15
+"""How much of a dead child's log is shown."""
+
+Say = Callable[[str], None]
+
+
+# ------------------------------------------------------------------ what to start
+
+
+@dataclass(frozen=True)
+class Command:
+    """One child: its name in messages and of its log, and the program with its arguments."""
+
+    name: str
+    argv: tuple[str, ...]
+
+
+def role_configs(config: ServeConfig) -> dict[str, list[Any]]:
+    """The configurations of every process of the topology, by role, router first."""
+    router = RouterConfig(
+        model=config.model,
+        host=config.host,
+        port=config.port,
+        topology=config.topology,
+        allowed_media_root=config.allowed_media_root,
+        allow_private_media=config.allow_private_media,
+        parent_pipe=config.parent_pipe,
+    )
+    network = NetworkConfig(
+        router=router_url(config), transport=config.transport, parent_pipe=config.parent_pipe
+    )
+    model, engine, landing = config.model, config.engine, config.landing
+    encoder = EncoderConfig(model, network, pool_mib=config.pool_mib, threads=engine.threads)
+    roles: dict[str, list[Any]] = {"router": [router], "encoder": [encoder] * config.encoders}
+    if config.topology == "E/P/D":
+        roles["prefill"] = [PrefillConfig(model, network, engine, landing)] * config.prefills
+        roles["decode"] = [DecodeConfig(model, network, engine)] * config.decodes
+    else:
+        roles["language"] = [LanguageConfig(model, network, engine, landing)] * config.languages
+    return roles
+
+
+def commands(config: ServeConfig) -> list[Command]:
+    """The children of a topology, router first. EPD is one child."""
+    program = (sys.executable, "-m", "triptych")
+    if config.topology == "EPD":
+        return [Command("epd", (*program, "serve", *command_line(config)))]
+    return [
+        Command(role if len(each) == 1 else f"{role}-{index}", (*program, role, *command_line(one)))
+        for role, each in role_configs(config).items()
+        for index, one in enumerate(each)
+    ]
+
+
+def command_line(config: Any, prefix: str = "") -> list[str]:
+    """The arguments from which the command line builds ``config`` again."""
+    words: list[str] = []
+    hints = get_type_hints(type(config), include_extras=True)
+    for item in fields(config):
+        value, marks = getattr(config, item.name), getattr(hints[item.name], "__metadata__", ())
+        option = f"--{prefix}{item.name.replace('_', '-')}"
+        if is_dataclass(value):
+            inner = prefix if tyro.conf.OmitArgPrefixes in marks else f"{option[2:]}."
+            words += command_line(value, inner)
+        elif tyro.conf.Positional in marks:
+            words.append(str(value))
+        elif value == item.default:
+            continue
+        elif isinstance(value, bool):
+            words.append(option if value else f"--{prefix}no-{option[2 + len(prefix) :]}")
+        else:
+            words += [option, str(value)]
+    return words
+
+
+def router_url(config: ServeConfig) -> str:
+    """Where processes on this machine reach the router."""
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "localhost") else config.host
+    host = "::1" if host == "::" else host
+    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on at this moment."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def end_with_parent(pipe: int) -> None:
+    """End this process when the other end of ``pipe`` closes. -1: there is no parent to watch.
+
+    Raises ConfigError if ``pipe`` is not a descriptor of this process.
+    """
+    if pipe < 0:
+        return
+    try:
+        os.fstat(pipe)
+    except OSError as exc:
+        raise ConfigError(f"--parent-pipe {pipe}: {exc.strerror}") from exc
+
+    def watch() -> None:
+        os.read(pipe, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(KILL_AFTER_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+# ------------------------------------------------------------------ running it
+
+
+@dataclass(frozen=True)
+class Child:
+    name: str
+    process: Process
+    log: Path
+
+    def failure(self) -> WorkerLost:
+        """Why it ended, as far as it said, and the end of its log."""
+        code = self.process.returncode or 0
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        reason = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+        tail = "\n".join(f"  | {line}" for line in lines)
+        return WorkerLost(f"{self.name} ended ({how}): {reason}\nend of {self.log}:\n{tail}")
+
+
+class Children:
+    """The processes of one topology: started on entry, ended on exit. ``url`` is the router's."""
+
+    def __init__(self, config: ServeConfig, secrets: Secrets, say: Say) -> None:
+        port = config.port or free_port(config.host)
+        self.config = replace(config, port=port)
+        self.url = router_url(self.config)
+        self.running: list[Child] = []
+        self._secrets = secrets
+        self._say = say
+        self._ends: dict[asyncio.Task[int], Child] = {}
+        self._hurry = asyncio.Event()
+        self._pipe = -1
+
+    async def __aenter__(self) -> Self:
+        reading, self._pipe = os.pipe()
+        try:
+            await self._start(reading)
+        except BaseException:
+            await self.stop()
+            raise
+        finally:
+            os.close(reading)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    async def _start(self, pipe: int) -> None:
+        folder = self.config.log_folder or Path(tempfile.mkdtemp(prefix="triptych-"))
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = environment_of_children(self._secrets)
+        for command in commands(replace(self.config, parent_pipe=pipe)):
+            path = folder / f"{command.name}.log"
+            with path.open("wb") as log:
+                process = await asyncio.create_subprocess_exec(
+                    *command.argv,
+                    stdin=DEVNULL,
+                    stdout=log,
+                    stderr=STDOUT,
+                    pass_fds=(pipe,),
+                    env=environment,
+                    process_group=0,
+                )
+            child = Child(command.name, process, path)
+            self.running.append(child)
+            self._ends[asyncio.create_task(process.wait())] = child
+            self._say(f"{command.name}: pid {process.pid}, log {path}")
+
+    async def ready(self) -> None:
+        """Until the topology is in effect.
+
+        Raises WorkerLost when a child ends before that, with its reason and the end of its log;
+        DeadlineExceeded after ``start_timeout``.
+        """
+        answering = asyncio.create_task(self._answering())
+        try:
+            await asyncio.wait(
+                {answering, *self._ends},
+                timeout=self.config.start_timeout,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            self._check_alive()
+            if not answering.done():
+                raise DeadlineExceeded(
+                    f"not ready after {self.config.start_timeout:g} s; the logs are in "
+                    f"{self.running[0].log.parent}"
+                )
+            await answering
+        finally:
+            answering.cancel()
+            await asyncio.gather(answering, return_exceptions=True)
+
+    async def _answering(self) -> None:
+        """Ask the router until the topology is in effect, and tell what it waits for."""
+        waiting = ""
+        limit = aiohttp.ClientTimeout(total=Timeouts().rpc)
+        async with aiohttp.ClientSession(timeout=limit) as client:
+            while True:
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                    async with client.get(f"{self.url}/ready") as answer:
+                        if answer.status == 200:
+                            return
+                        reason = str((await answer.json())["reason"])
+                        if reason != waiting:
+                            self._say(f"router: {reason}")
+                        waiting = reason
+                await asyncio.sleep(POLL_S)
+
+    async def any_ended(self) -> None:
+        """Until a child ends. Raises WorkerLost then: none ends by itself."""
+        await asyncio.wait(self._ends, return_when=asyncio.FIRST_COMPLETED)
+        self._check_alive()
+
+    def _check_alive(self) -> None:
+        for end, child in self._ends.items():
+            if end.done():
+                raise child.failure()
+
+    def hurry(self) -> None:
+        """Kill what is still ending."""
+        self._hurry.set()
+
+    async def stop(self) -> None:
+        """End every child: the router with its requests, then the workers. Idempotent."""
+        if self._pipe < 0:
+            return
+        ends = list(self._ends.items())
+        for group in (ends[:1], ends[1:]):
+            await self._stop(group)
+        os.close(self._pipe)
+        self._pipe = -1
+
+    async def _stop(self, group: list[tuple[asyncio.Task[int], Child]]) -> None:
+        ending = asyncio.create_task(_all_ended(group))
+        hurry = asyncio.create_task(self._hurry.wait())
+        _signal(group, signal.SIGTERM)
+        await asyncio.wait(
+            {ending, hurry}, timeout=KILL_AFTER_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        hurry.cancel()
+        _signal(group, signal.SIGKILL)
+        await ending
+
+
+async def _all_ended(group: list[tuple[asyncio.Task[int], Child]]) -> None:
+    if group:
+        await asyncio.wait([end for end, _ in group])
+
+
+def _signal(group: list[tuple[asyncio.Task[int], Child]], number: signal.Signals) -> None:
+    for end, child in group:
+        if not end.done():
+            with contextlib.suppress(ProcessLookupError):
+                child.process.send_signal(number)
+
+
+async def serve(config: ServeConfig, secrets: Secrets) -> int:
+    """Run a topology's children until SIGINT, SIGTERM or SIGHUP, or until one of them ends.
+
+    The exit status. Raises WorkerLost or DeadlineExceeded as ``Children.ready`` does.
+    """
+    console = Console(stderr=True, highlight=False, markup=False)
+    begin = time.monotonic()
+
+    def say(text: str) -> None:
+        console.print(f"[{time.monotonic() - begin:5.1f} s] {text}", soft_wrap=True)
+
+    stop = asyncio.Event()
+    children = Children(config, secrets, say)
+
+    def end() -> None:
+        children.hurry() if stop.is_set() else stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, end)
+    stopping = asyncio.create_task(stop.wait())
+    running = asyncio.create_task(_run(children, console, say))
+    await asyncio.wait({stopping, running}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not running.done():
+        say("ending (once more to kill)")
+        running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    return 0
+
+
+async def _run(children: Children, console: Console, say: Say) -> None:
+    async with children:
+        with console.status("starting"):
+            await children.ready()
+        say(f"{children.config.topology} is ready at {children.url}/v1")
+        await children.any_ended()

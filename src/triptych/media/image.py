@@ -1,0 +1,153 @@
+"""Image files: what a header says, and the pixels. No torch.
+
+``read_header`` decodes no pixels and is cheap enough for an event loop; ``decode`` is not.
+Both take the orientation from the same place, so that the size which the header promises is the
+size of the decoded image.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from triptych.config import MediaLimits
+from triptych.errors import BadMedia
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation → what turns the stored pixels upright."""
+SIDEWAYS = frozenset({5, 6, 7, 8})
+WHITE = (255, 255, 255, 255)
+
+# Odd metadata in a client's file is skipped by Pillow, and is no news to the operator.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+Image.MAX_IMAGE_PIXELS = None  # ours is checked before any pixel is decoded, and has a name
+
+# What Pillow's parsers raise on bytes that are not what they claim to be.
+PILLOW_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError,
+    EOFError, AttributeError, NotImplementedError, struct.error, zlib.error,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    width: int
+    """Pixels, after the EXIF orientation has been applied."""
+    height: int
+    format: str
+    """JPEG | PNG | WEBP | GIF"""
+
+
+def read_header(data: bytes, limits: MediaLimits) -> ImageHeader:
+    """Size and format of an image file. Decodes no pixels.
+
+    Raises BadMedia: empty, larger than ``limits``, of another format or unreadable.
+    """
+    with _open(data, limits) as image:
+        width, height = image.size
+        if _orientation(image) in SIDEWAYS:
+            width, height = height, width
+        return ImageHeader(width, height, _format(image))
+
+
+def decode(data: bytes, limits: MediaLimits) -> Image.Image:
+    """The upright RGB pixels of an image file; of an animation, its first frame.
+
+    Transparent pixels are blended onto white, as Transformers does with a PIL image (from 5.18
+    or so; older ones show the colour behind the transparency). 16-bit grey keeps its upper byte.
+    Raises BadMedia: as ``read_header``, and truncated or corrupt data.
+    """
+    with _open(data, limits) as image:
+        orientation = _orientation(image)
+        image.load()
+        upright = image
+        if orientation in TRANSPOSITIONS:
+            upright = image.transpose(TRANSPOSITIONS[orientation])
+        return _rgb(upright)
+
+
+@contextmanager
+def _open(data: bytes, limits: MediaLimits) -> Iterator[Image.Image]:
+    """Pillow's lazily opened image, with everything that Pillow raises inside made BadMedia."""
+    if not data:
+        raise BadMedia("the image is empty")
+    if len(data) > limits.max_bytes:
+        raise BadMedia(f"the image has {len(data)} bytes, the limit is {limits.max_bytes}")
+    _check_webp(data, limits)  # Pillow allocates a WebP's canvas when it opens it
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image.width, image.height, limits)
+            yield image
+    except UnidentifiedImageError as exc:
+        raise BadMedia(f"not a readable image of format {', '.join(FORMATS)}") from exc
+    except PILLOW_ERRORS as exc:
+        raise BadMedia(f"the image is corrupt or truncated ({exc})") from exc
+
+
+def _check_size(width: int, height: int, limits: MediaLimits) -> None:
+    if width < 1 or height < 1:
+        raise BadMedia(f"the image has no pixels ({width}x{height})")
+    if width * height > limits.max_pixels:
+        raise BadMedia(
+            f"the image has {width}x{height} pixels, the limit is {limits.max_pixels} in all"
+        )
+
+
+def _check_webp(data: bytes, limits: MediaLimits) -> None:
+    """Refuse a WebP whose canvas is too large. The three chunk layouts: RFC 9649, section 2."""
+    if len(data) < 30 or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return
+    kind = data[12:16]
+    if kind == b"VP8X":
+        width = 1 + int.from_bytes(data[24:27], "little")
+        height = 1 + int.from_bytes(data[27:30], "little")
+    elif kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    else:
+        width = int.from_bytes(data[26:28], "little") & 0x3FFF
+        height = int.from_bytes(data[28:30], "little") & 0x3FFF
+    if kind in (b"VP8X", b"VP8L", b"VP8 "):
+        _check_size(width, height, limits)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF (or XMP) orientation among the metadata that stands before the pixels.
+
+    ``PngImageFile.getexif`` would decode the pixels to find metadata behind them; the base class
+    looks only at what was read when the file was opened.
+    """
+    value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    return value if isinstance(value, int) else 1
+
+
+def _format(image: Image.Image) -> str:
+    # A JPEG with more pictures inside (phones write them) calls itself MPO.
+    return "JPEG" if image.format == "MPO" else str(image.format)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # convert() would clip everything above 255 to white
+        samples = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
+        image = Image.fromarray(samples.astype(np.uint8))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
+    return image.convert("RGB")

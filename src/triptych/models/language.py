@@ -1,0 +1,243 @@
+"""The language half: embedding, decoder and head, called by the engine on flattened batches.
+
+The decoder is Transformers' own, unmodified. Keys and values never pass through its cache: its
+layers call the attention function that the engine registers under ``PAGED_ATTENTION``, and the
+engine's ``context`` reaches that function unchanged.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache
+
+from triptych.errors import BadRequest, UnsupportedModel
+from triptych.models.refusals import image_token_id
+from triptych.models.vision import planes
+
+PAGED_ATTENTION = "triptych_paged"
+"""Name under which the engine registers its attention function."""
+REFERENCE_ATTENTION = "sdpa"
+PROBE_ATTENTION = "triptych_probe"
+
+
+class LanguageModel:
+    """Embedding, decoder and head of one model, as loaded by ``loading.load_language``."""
+
+    def __init__(self, model: Any) -> None:
+        """Raises UnsupportedModel when a layer does not attend as the engine's KV cache needs."""
+        config, text = model.config, model.config.get_text_config()
+        self._inner = model.model
+        self._decoder = self._inner.get_decoder()
+        self._embedding = self._decoder.get_input_embeddings()
+        self._outer = model
+        self._outer._modules["model"] = _Handover()  # see ``logits``
+        self._attention = ""
+
+        self.hidden_size: int = text.hidden_size
+        self.num_layers: int = text.num_hidden_layers
+        self.vocab_size: int = self._embedding.num_embeddings
+        self.max_positions: int = text.max_position_embeddings
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+        token = image_token_id(config)
+        assert token is not None  # refused before
+        self.image_token_id: int = token
+        self.eos_ids = _eos_ids(model)
+        self.planes = planes(config)
+        """Planes of the embeddings it takes: 1 + DeepStack planes."""
+        self.axes = 3 if hasattr(self._inner, "get_rope_index") else 1
+        """Axes of a position: 3 with M-RoPE, else 1."""
+        self._pad_id = 0 if text.pad_token_id is None else text.pad_token_id
+        if self.planes > 1 and not _takes_deepstack(self._decoder):
+            raise UnsupportedModel(f"{type(self._decoder).__name__} takes no DeepStack planes")
+        self.num_kv_heads, self.head_dim = self._probe()
+
+    def positions(
+        self, token_ids: list[int], grids: list[tuple[int, int, int]]
+    ) -> tuple[Tensor, int]:
+        """Positions of a prompt, (axes, tokens) int64 on the CPU, and that of the next token.
+
+        ``grids``: (t, h, w) in patches of each image, for models with M-RoPE. The next token's
+        position is the same on every axis. Raises BadRequest when images and tokens disagree.
+        """
+        n_tokens = len(token_ids)
+        if self.axes == 1:
+            return torch.arange(n_tokens)[None], n_tokens
+        ids = torch.tensor(token_ids)[None]
+        is_image = ids == self.image_token_id
+        merge = self._inner.config.vision_config.spatial_merge_size**2
+        n_rows = sum(math.prod(grid) // merge for grid in grids)
+        if int(is_image.sum()) != n_rows:
+            raise BadRequest(
+                f"the prompt has {int(is_image.sum())} image tokens, its images have {n_rows} rows"
+            )
+        positions, delta = self._inner.get_rope_index(
+            input_ids=ids,
+            mm_token_type_ids=is_image.int(),
+            image_grid_thw=torch.tensor(grids) if grids else None,
+        )
+        return positions[:, 0], n_tokens + int(delta[0])
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """``ids`` (tokens,) int64 → (tokens, width); image tokens get a value to be overwritten."""
+        # An image token's id need not be in the vocabulary.
+        known = torch.where(ids == self.image_token_id, self._pad_id, ids)
+        embeds: Tensor = self._embedding(known)
+        return embeds
+
+    def forward(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        context: object,
+        *,
+        visual_mask: Tensor | None = None,
+        deepstack: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states after the last norm, (tokens, width), of a flattened batch.
+
+        ``embeds`` (tokens, width), ``positions`` (axes, tokens). ``context`` reaches the engine's
+        attention function as the argument of that name. ``visual_mask`` (tokens,) bool marks the
+        rows of images and ``deepstack`` has their further planes, (rows, width) each.
+        """
+        self._use(PAGED_ATTENTION)
+        return self._decode(embeds, positions, visual_mask, deepstack, context=context)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``hidden`` (n, width) → (n, vocabulary) float32."""
+        # Scales and caps of the head differ from class to class. So the head is the class's own
+        # forward, around a stand-in for the model that hands over what it is given.
+        logits: Tensor = self._outer(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        return logits.float()
+
+    def reference_logits(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        *,
+        visual_mask: Tensor | None = None,
+        deepstack: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Logits at every token of one sequence, (tokens, vocabulary) float32, by the plain model.
+
+        Arguments as for ``forward``. Nothing of the engine takes part.
+        """
+        self._use(REFERENCE_ATTENTION)
+        # With a cache the model takes the tokens for one sequence, whatever their positions.
+        cache = DynamicCache(config=self._decoder.config)
+        hidden = self._decode(embeds, positions, visual_mask, deepstack, past_key_values=cache)
+        return self.logits(hidden)
+
+    def _decode(
+        self,
+        embeds: Tensor,
+        positions: Tensor,
+        visual_mask: Tensor | None,
+        deepstack: list[Tensor] | None,
+        **arguments: Any,
+    ) -> Tensor:
+        if deepstack is not None and visual_mask is not None:
+            arguments["visual_pos_masks"] = visual_mask[None]
+            arguments["deepstack_visual_embeds"] = deepstack
+        output = self._decoder(
+            inputs_embeds=embeds[None],
+            position_ids=positions[:, None] if self.axes > 1 else positions,
+            use_cache="past_key_values" in arguments,
+            **arguments,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _use(self, attention: str) -> None:
+        if attention != self._attention:
+            self._decoder.set_attn_implementation(attention)
+            self._attention = attention
+
+    def _probe(self) -> tuple[int, int]:
+        """KV heads and their size, as the layers hand them to attention for one token."""
+        self._use(PROBE_ATTENTION)
+        probe = _Probe()
+        token = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._decode(self.embed(token), token.expand(self.axes, 1), None, None, probe=probe)
+        if sorted(probe.layers) != list(range(self.num_layers)):
+            raise UnsupportedModel(
+                f"{len(probe.layers)} of {self.num_layers} layers attended once each; "
+                "the KV cache needs all of them to"
+            )
+        shapes = set(probe.layers.values())
+        if len(shapes) != 1:
+            raise UnsupportedModel(f"keys and values differ in shape: {sorted(shapes)}")
+        return shapes.pop()
+
+
+@dataclass
+class _Probe:
+    """What attention was called with."""
+
+    layers: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By layer: KV heads and their size."""
+
+
+def _probe_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    probe = arguments.get("probe")
+    layer = getattr(module, "layer_idx", None)
+    if probe is None or not isinstance(layer, int):
+        raise UnsupportedModel(f"{type(module).__name__} does not say for whom it attends")
+    for name in ("softcap", "s_aux"):
+        if arguments.get(name) is not None:
+            raise UnsupportedModel(f"{type(module).__name__} attends with {name}")
+    if key.shape != value.shape or key.shape[2] != query.shape[2] or layer in probe.layers:
+        raise UnsupportedModel(
+            f"{type(module).__name__} attends with keys {tuple(key.shape)} "
+            f"and values {tuple(value.shape)}"
+        )
+    probe.layers[layer] = (key.shape[1], key.shape[3])
+    return torch.zeros_like(query).transpose(1, 2), None
+
+
+AttentionInterface.register(PROBE_ATTENTION, _probe_attention)
+
+
+class _Handover(nn.Module):
+    """Stands where the model was and returns what it is given as its last hidden state."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Output:
+        return _Output(inputs_embeds)
+
+
+class _Output:
+    """Of all that a model's output may have, the last hidden state; the rest is None."""
+
+    def __init__(self, last_hidden_state: Tensor) -> None:
+        self.last_hidden_state = last_hidden_state
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _eos_ids(model: Any) -> frozenset[int]:
+    for config in (model.generation_config, model.config, model.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def _takes_deepstack(decoder: Any) -> bool:
+    return "deepstack_visual_embeds" in inspect.signature(type(decoder).forward).parameters

@@ -1,0 +1,94 @@
+"""Loading the half of a model that a role needs, onto its device, in its dtype."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from triptych.config import ModelConfig
+from triptych.errors import ConfigError, UnsupportedModel
+from triptych.models import refusals
+from triptych.models.dummy import fill_random
+from triptych.models.halves import Half, half_class, half_config
+from triptych.models.identity import identity, read_config, resolve_dtype
+from triptych.models.language import LanguageModel
+from triptych.models.quiet import quiet
+from triptych.models.vision import VisionModel
+
+__all__ = ["identity", "load_encoder", "load_language", "resolve_dtype"]
+
+log = logging.getLogger(__name__)
+DUMMY_SEED = 0
+
+# The loader changes the process's default dtype and initialisers while it runs.
+_one_at_a_time = threading.Lock()
+
+
+def load_encoder(config: ModelConfig) -> VisionModel:
+    """Vision tower and projector.
+
+    Raises UnsupportedModel (with the reason), ConfigError for a device that is not there.
+    """
+    return VisionModel(_load(config, "encoder"))
+
+
+def load_language(config: ModelConfig) -> LanguageModel:
+    """Decoder, embedding and head.
+
+    Raises UnsupportedModel (with the reason), ConfigError for a device that is not there.
+    """
+    return LanguageModel(_load(config, "language"))
+
+
+def _load(config: ModelConfig, half: Half) -> Any:
+    device = _device(config.device)
+    checkpoint = read_config(config)
+    refusals.check(checkpoint)
+    dtype = resolve_dtype(config, checkpoint)
+    settings = half_config(checkpoint, half)
+    cls = half_class(settings, half)
+    with _one_at_a_time, quiet():
+        if config.load_format == "dummy":
+            # From an empty state dict the loader makes every parameter and buffer of the half.
+            model = cls.from_pretrained(None, config=settings, state_dict={}, dtype=dtype)
+            model.to(device)
+            fill_random(model, DUMMY_SEED)
+        else:
+            model = _read_weights(cls, settings, config, dtype).to(device)
+    model.eval().requires_grad_(False)
+    size = sum(p.nbytes for p in model.parameters()) / (1 << 20)
+    log.info("loaded the %s half of %s: %.0f MiB of %s", half, config.model, size, dtype)
+    return model
+
+
+def _read_weights(cls: Any, settings: Any, config: ModelConfig, dtype: torch.dtype) -> Any:
+    try:
+        model, report = cls.from_pretrained(
+            config.model,
+            config=settings,
+            revision=config.revision,
+            dtype=dtype,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as exc:
+        raise UnsupportedModel(f"cannot load {config.model}: {exc}") from exc
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UnsupportedModel(
+            f"the weights of {config.model} lack {len(missing)} tensors, {missing[0]} among them"
+        )
+    return model
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as exc:
+        raise ConfigError(f"device {name!r}: {exc}") from exc
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
+    return device

@@ -1,0 +1,121 @@
+"""The encoder half: preprocessed images in, embeddings out."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triptych.errors import UnsupportedModel
+
+Item = dict[str, Tensor]
+"""The image processor's output for one image: ``pixel_values`` and what goes with it
+(``image_grid_thw`` | ``image_sizes`` and ``batch_num_images`` | nothing), first dimension first."""
+
+
+class VisionModel:
+    """Vision tower and projector of one model, as loaded by ``loading.load_encoder``."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        self._model = model
+        self._inputs = _input_names(model.get_image_features)
+        self.width: int = config.get_text_config().hidden_size
+        self.planes = planes(config)
+        """1 + DeepStack planes."""
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+        self._patch = _pair(config.vision_config.patch_size)
+
+    def encode(self, batch: Sequence[Item]) -> list[Tensor]:
+        """The embedding of each item, (planes, rows, width) contiguous, in the model's dtype.
+
+        Items whose tensors can be concatenated share a forward. Raises UnsupportedModel when the
+        model's output cannot be told apart by item.
+        """
+        groups: dict[object, list[int]] = {}
+        for index, item in enumerate(batch):
+            groups.setdefault(self._group(item), []).append(index)
+        embeddings: dict[int, Tensor] = {}
+        for indices in groups.values():
+            results = self._forward([batch[index] for index in indices])
+            embeddings.update(zip(indices, results, strict=True))
+        return [embeddings[index] for index in range(len(batch))]
+
+    def patches(self, item: Item) -> int:
+        """Vision patches of the item: what its forward costs."""
+        pixels = item["pixel_values"]
+        if pixels.ndim == 2:  # one row a patch
+            return pixels.shape[0]
+        height, width = pixels.shape[-2:]
+        crops = math.prod(pixels.shape[:-3])
+        return crops * (height // self._patch[0]) * (width // self._patch[1])
+
+    def _group(self, item: Item) -> object:
+        shapes = tuple((name, item[name].shape[1:]) for name in self._inputs if name in item)
+        # LLaVA-OneVision lays an image out differently when it is not the request's only one.
+        alone = "batch_num_images" in item and int(item["batch_num_images"][0]) == 1
+        return shapes, alone
+
+    def _forward(self, items: list[Item]) -> list[Tensor]:
+        names = [name for name in self._inputs if name in items[0]]
+        inputs = {name: torch.cat([item[name] for item in items]) for name in names}
+        output = self._model.get_image_features(
+            **{name: self._place(value) for name, value in inputs.items()}, return_dict=True
+        )
+        features = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+        if len(features) != self.planes:
+            raise UnsupportedModel(f"the tower made {len(features)} planes, not {self.planes}")
+        split = [self._split(plane, items) for plane in features]
+        return [torch.stack(item_planes) for item_planes in zip(*split, strict=True)]
+
+    def _place(self, value: Tensor) -> Tensor:
+        dtype = self.dtype if value.is_floating_point() else value.dtype
+        return value.to(self.device, dtype)
+
+    def _split(self, features: Any, items: list[Item]) -> list[Tensor]:
+        """``features`` of one plane, (rows, width) for each item.
+
+        They come as a tensor or sequence over images or over crops, or as one flat tensor.
+        """
+        if len(items) == 1:
+            return [_rows(features)]
+        pixels = [item["pixel_values"] for item in items]
+        for parts in ([1] * len(items), [p.shape[0] for p in pixels]):
+            if len(features) == sum(parts) and features[0].ndim > 1:
+                ends = torch.tensor(parts).cumsum(0).tolist()
+                return [_rows(features[e - n : e]) for n, e in zip(parts, ends, strict=True)]
+        rows = _rows(features)
+        per_patch = len(rows) / sum(self.patches(item) for item in items)
+        counts = [round(self.patches(item) * per_patch) for item in items]
+        if pixels[0].ndim == 2 and sum(counts) == len(rows):
+            return list(torch.split(rows, counts))
+        raise UnsupportedModel("the tower's output does not say which rows belong to which image")
+
+
+def planes(config: Any) -> int:
+    """1 + the DeepStack planes of the model with this configuration."""
+    return 1 + len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
+
+
+def _rows(features: Any) -> Tensor:
+    """(rows, width), from a tensor or a sequence of tensors whose last dimension is the width."""
+    if isinstance(features, Tensor):
+        return features.reshape(-1, features.shape[-1])
+    return torch.cat([_rows(part) for part in features])
+
+
+def _input_names(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width

@@ -1,0 +1,52 @@
+"""Prometheus metrics of a process, all of them at module level. Prefix ``triptych_``.
+
+Every role serves them at ``/metrics``, with the process's own memory and CPU time, which the
+client library adds.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+span_seconds = Histogram(
+    "triptych_span_seconds",
+    "How long each step of a request took.",
+    ["role", "name"],
+    buckets=BUCKETS_S,
+)
+moved_bytes = Counter(
+    "triptych_moved_bytes", "Bytes that transfers moved, counted where they land.", ["transport"]
+)
+
+
+def record_span(role: str, name: str, seconds: float, nbytes: int, transport: str) -> None:
+    """One step of a request has ended. ``transport``: "" for a step that moved nothing."""
+    span_seconds.labels(role, name).observe(seconds)
+    if transport:
+        moved_bytes.labels(transport).inc(nbytes)
+
+workers = Gauge("triptych_workers", "Workers registered with this router.", ["role"])
+requests_running = Gauge("triptych_requests_running", "Chat requests in progress.")
+requests_ended = Counter(
+    "triptych_requests", "Chat requests by the status they ended with.", ["status"]
+)
+first_token_seconds = Histogram(
+    "triptych_first_token_seconds",
+    "From a chat request's arrival to its first token.",
+    buckets=BUCKETS_S,
+)
+prompt_tokens = Counter("triptych_prompt_tokens", "Prompt tokens of finished requests.")
+completion_tokens = Counter("triptych_completion_tokens", "Tokens of finished answers.")
+
+RPC_BUCKETS_S = (
+    *(0.0002, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008, 0.01, 0.0125),
+    *(0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1, 10, 60),
+)
+rpc_seconds = Histogram(
+    "triptych_rpc_seconds",
+    "From the last byte of a control request to its answer.",
+    ["path"],
+    buckets=RPC_BUCKETS_S,
+)

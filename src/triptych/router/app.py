@@ -1,0 +1,205 @@
+"""The router process: the OpenAI API outside, the workers' channels inside."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+import secrets as random
+import signal
+from contextlib import suppress
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.types import Receive, Scope, Send
+
+from triptych import wire
+from triptych.config import RouterConfig, Secrets
+from triptych.errors import Unauthorized, UnknownModel
+from triptych.router.chat import ChatEndpoint, error_response
+from triptych.router.inbox import Inboxes
+from triptych.router.membership import Membership
+from triptych.router.pipeline import Pipeline
+from triptych.router.placement import missing_roles
+from triptych.router.prompt import Prompter
+from triptych.router.timelines import Timelines
+from triptych.stage.http import HttpServer, bind
+from triptych.transfer.channel import Channel, Sessions
+from triptych.transfer.handshake import Listener
+
+logger = logging.getLogger(__name__)
+
+
+class Router:
+    """Everything a router is, but for its listening socket."""
+
+    def __init__(self, config: RouterConfig, secrets: Secrets, prompter: Prompter) -> None:
+        self._config = config
+        self._secrets = secrets
+        self._worker_id = f"router-{os.getpid()}"
+        self._nonce = random.token_hex(16)
+        self.membership = Membership()
+        self._inboxes = Inboxes()
+        self.timelines = Timelines()
+        self._pipeline = Pipeline(config, prompter, self.membership, self._inboxes, self.timelines)
+        self._served_name = config.served_name or config.model.model
+        self.chat = ChatEndpoint(
+            config, self._served_name, prompter, self._pipeline, self.timelines
+        )
+        listener = Listener(
+            secret=secrets.shared,
+            timeouts=config.timeouts,
+            sessions=Sessions(),
+            welcome=self._welcome,
+            check=self.membership.check,
+            on_open=self.membership.opened,
+            on_message=self._on_message,
+            on_lost=self.membership.lost,
+        )
+        self.app = Starlette(
+            routes=[
+                Route("/v1/chat/completions", _Guarded(self.chat, secrets), methods=["POST"]),
+                Route("/v1/models", self._models),
+                Route("/v1/models/{name:path}", self._models),
+                Route("/v1/requests/{request_id}/timeline", self._timeline),
+                Route("/health", self._health),
+                Route("/ready", self._ready),
+                Route("/metrics", self._metrics),
+                WebSocketRoute("/channel", listener.accept),
+            ]
+        )
+
+    async def drain(self) -> None:
+        """Take no new requests, and wait for the running ones for ``timeouts.drain`` at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.timeouts.drain):
+                await self.chat.drain()
+
+    async def close(self) -> None:
+        await self._pipeline.close()
+
+    # ------------------------------------------------------------------ workers
+
+    def _welcome(self) -> wire.Welcome:
+        return wire.Welcome(
+            session="", role="router", worker_id=self._worker_id, process=self._nonce, proof=""
+        )
+
+    def _on_message(self, channel: Channel, message: wire.ChannelMessage) -> None:
+        worker = self.membership.hear(channel)
+        if worker is None:
+            return
+        if isinstance(message, wire.Tokens):
+            self._inboxes.tokens(worker, message)
+        elif isinstance(message, wire.Failed):
+            self._inboxes.failed(worker, message)
+        elif isinstance(message, wire.Spans):
+            self.timelines.add(message.request_id, message.spans)
+
+    # ------------------------------------------------------------------ clients
+
+    async def _models(self, request: Request) -> Response:
+        try:
+            authorize(request, self._secrets)
+        except Unauthorized as error:
+            return error_response(error)
+        model = {"id": self._served_name, "object": "model", "created": 0, "owned_by": "triptych"}
+        name = request.path_params.get("name")
+        if name is None:
+            return JSONResponse({"object": "list", "data": [model]})
+        try:
+            self.chat.check_model(name)
+        except UnknownModel as error:
+            return error_response(error)
+        return JSONResponse(model)
+
+    async def _timeline(self, request: Request) -> Response:
+        try:
+            authorize(request, self._secrets)
+        except Unauthorized as error:
+            return error_response(error)
+        request_id = str(request.path_params["request_id"]).removeprefix("chatcmpl-")
+        found = self.timelines.describe(request_id)
+        if found is None:
+            return JSONResponse({"error": f"no request {request_id} is remembered"}, 404)
+        return JSONResponse(found)
+
+    async def _health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok", "role": "router", "pid": os.getpid()})
+
+    async def _ready(self, request: Request) -> Response:
+        """200 while the topology asked for is in effect; otherwise 503 and what is missing."""
+        present = self.membership.present()
+        missing = missing_roles(self._config.topology, present)
+        reason = f"waiting for {' and '.join(missing)}" if missing else None
+        body = {
+            "ready": not missing,
+            "role": "router",
+            "reason": reason,
+            "topology": self._config.topology,
+            "workers": dict(sorted(present.items())),
+        }
+        return JSONResponse(body, status_code=503 if missing else 200)
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+class _Guarded:
+    """An endpoint that asks for the API key first."""
+
+    def __init__(self, endpoint: ChatEndpoint, secrets: Secrets) -> None:
+        self._endpoint = endpoint
+        self._secrets = secrets
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            authorize(Request(scope), self._secrets)
+        except Unauthorized as error:
+            await error_response(error)(scope, receive, send)
+            return
+        await self._endpoint(scope, receive, send)
+
+
+def authorize(request: Request, secrets: Secrets) -> None:
+    """Raises Unauthorized unless the request carries the API key, if one is set."""
+    if secrets.api_key is None:
+        return
+    given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+    if not hmac.compare_digest(given.encode(), secrets.api_key.encode()):
+        raise Unauthorized("the API key is missing or wrong")
+
+
+def create(config: RouterConfig, secrets: Secrets) -> Router:
+    """Load tokenizer and template and put the router together. Blocks for seconds."""
+    return Router(config, secrets, Prompter(config.model))
+
+
+async def serve(config: RouterConfig, secrets: Secrets, *, handle_signals: bool = True) -> None:
+    """Listen until cancelled or, with ``handle_signals``, until SIGTERM or SIGINT."""
+    sock = bind(config.host, config.port)
+    stop = asyncio.Event()
+    if handle_signals:
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, stop.set)
+    try:
+        router = await asyncio.to_thread(create, config, secrets)
+    except BaseException:
+        sock.close()
+        raise
+    server = HttpServer(router.app, sock, config.timeouts.drain)
+    serving = asyncio.create_task(server.run_until_stopped())
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        await router.drain()
+        server.stop()
+        await serving
+        await router.close()

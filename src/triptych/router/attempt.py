@@ -1,0 +1,135 @@
+"""One try at answering a request: its id on the wire, its workers, what they hold for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
+
+from triptych import wire
+from triptych.errors import TransferFailed, TriptychError, WorkerLost
+from triptych.router.client import WorkerClient
+from triptych.router.inbox import Inboxes, StageFailed
+from triptych.router.membership import Membership, Worker
+from triptych.router.placement import least_loaded, prefer, spread_items
+
+M = TypeVar("M", bound=wire.Message)
+T = TypeVar("T")
+
+
+class Attempt:
+    """Another try has another id, so that what the first one left under way cannot disturb it."""
+
+    def __init__(
+        self, wire_id: str, membership: Membership, client: WorkerClient, inboxes: Inboxes
+    ) -> None:
+        self.wire_id = wire_id
+        self.inbox = inboxes.open(wire_id)
+        self.encoders: list[Worker] = []
+        """The encoder of each image."""
+        self.answering: dict[str, Worker] = {}
+        """By role: who makes the answer."""
+        self._membership = membership
+        self._client = client
+        self._inboxes = inboxes
+        self._charges: list[tuple[Worker, int]] = []
+        self._holders: set[Worker] = set()
+        """Workers that may hold something for this attempt."""
+
+    # ------------------------------------------------------------------ placing
+
+    def place_items(self, digests: Sequence[str], avoided: set[str]) -> None:
+        """Choose ``encoders``; at least one encoder must be known."""
+        known = {worker.worker_id: worker for worker in self._membership.workers("encoder")}
+        allowed = prefer(list(known), avoided)
+        placed = spread_items(digests, [known[worker_id].candidate for worker_id in allowed])
+        self.encoders = [known[worker_id] for worker_id in placed]
+        for worker in self.encoders:
+            self._charge(worker, 1)
+
+    def place_answer(self, roles: Iterable[str], avoided: set[str]) -> None:
+        """Choose ``answering``; every role must have a worker."""
+        for role in roles:
+            known = {worker.worker_id: worker for worker in self._membership.workers(role)}
+            allowed = prefer(list(known), avoided)
+            chosen = least_loaded([known[worker_id].candidate for worker_id in allowed])
+            self.answering[role] = known[chosen]
+
+    def charge_answer(self, n_prompt: int, n_answer: int) -> None:
+        """Count the tokens that each answering worker will be busy with."""
+        for role, worker in self.answering.items():
+            self._charge(worker, n_prompt if role == "prefill" else n_prompt + n_answer)
+
+    def _charge(self, worker: Worker, amount: int) -> None:
+        worker.load += amount
+        self._charges.append((worker, amount))
+
+    def discharge(self, *roles: str) -> None:
+        """These roles have done their work for this attempt."""
+        done = [charge for charge in self._charges if charge[0].role in roles]
+        self._charges = [charge for charge in self._charges if charge[0].role not in roles]
+        for worker, amount in done:
+            worker.load -= amount
+
+    # ------------------------------------------------------------------ talking to workers
+
+    async def post(
+        self,
+        worker: Worker,
+        path: str,
+        message: wire.Message,
+        answer: type[M],
+        *,
+        wait_s: float = 0,
+    ) -> M:
+        """As ``WorkerClient.post``; raises StageFailed, also for what another worker reported."""
+        self._holders.add(worker)
+        if worker.role != "encoder":
+            # A lost encoder may have been read already; who reads from it says if not.
+            worker.requests[self.wire_id] = self._lost(worker)
+        try:
+            reply = await self._client.post(worker, path, message, answer, wait_s=wait_s)
+        except TriptychError as error:
+            raise StageFailed(worker, error) from error
+        self.inbox.check()
+        return reply
+
+    def _lost(self, worker: Worker) -> Any:
+        return lambda error: self.inbox.fail(worker, error)
+
+    def suspect(self, failure: StageFailed) -> Worker:
+        """The worker to do without: who reports that bytes did not come is not who lost them."""
+        error = failure.error
+        if failure.reported and isinstance(error, WorkerLost | TransferFailed):
+            if error.item is not None and 0 <= error.item < len(self.encoders):
+                return self.encoders[error.item]
+            if failure.worker.role == "decode":
+                return self.answering["prefill"]
+        return failure.worker
+
+    def has_other(self, worker: Worker, avoided: set[str]) -> bool:
+        others = self._membership.workers(worker.role)
+        return any(other.worker_id not in avoided and other is not worker for other in others)
+
+    def close(self, *, cancel: Iterable[Worker] | None = None) -> None:
+        """Forget the attempt. ``cancel``: who must drop what it holds; None: everybody."""
+        self._inboxes.close(self.wire_id)
+        for worker in self._holders if cancel is None else cancel:
+            worker.channel.send(wire.Cancel(request_id=self.wire_id))
+        for worker in self._holders:
+            worker.requests.pop(self.wire_id, None)
+        self.discharge("encoder", "prefill", "decode", "language")
+
+
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order. The first error ends the others and is raised as itself."""
+    tasks: list[asyncio.Task[T]] = []
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(part) for part in work]
+    except BaseExceptionGroup as errors:
+        first: BaseException = errors
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
+    return [task.result() for task in tasks]

@@ -1,0 +1,242 @@
+"""``POST /v1/chat/completions``: body in, answer out, and an eye on whether the client is there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets as random
+import time
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from triptych.config import MIB, RouterConfig
+from triptych.errors import (
+    BadRequest,
+    Cancelled,
+    DeadlineExceeded,
+    Overloaded,
+    TriptychError,
+    UnknownModel,
+)
+from triptych.observe import metrics
+from triptych.router.answers import EVENTS, JSON, Answer, Delta, Usage, error_event
+from triptych.router.call import Call
+from triptych.router.offload import INLINE_NBYTES, offload
+from triptych.router.openai import error_body, parse
+from triptych.router.pipeline import Pipeline
+from triptych.router.prompt import Prompter
+from triptych.router.timelines import Timelines
+
+logger = logging.getLogger(__name__)
+BODY_S = 60.0
+"""A client that takes longer for the next part of its body has gone."""
+SEND_S = 60.0
+"""So has one that takes nothing of its answer for this long."""
+END = None
+"""In the queue of deltas: the pipeline has ended."""
+
+
+class ChatEndpoint:
+    """ASGI application of one path."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        served_name: str,
+        prompter: Prompter,
+        pipeline: Pipeline,
+        timelines: Timelines,
+    ) -> None:
+        self._config = config
+        self._served_name = served_name
+        self._prompter = prompter
+        self._pipeline = pipeline
+        self._timelines = timelines
+        self.running = 0
+        self.draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def drain(self) -> None:
+        """Refuse new requests, and wait until the running ones have ended."""
+        self.draining = True
+        await self._idle.wait()
+
+    def check_model(self, name: str) -> None:
+        """Raises UnknownModel."""
+        if name != self._served_name:
+            raise UnknownModel(
+                f"the model served here is {self._served_name}, not {name}", param="model"
+            )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived = time.time()
+        request_id = random.token_hex(12)
+        self.running += 1
+        self._idle.clear()
+        metrics.requests_running.inc()
+        reply = Reply(request_id, send)
+        try:
+            self._check_room()
+            body = await self._body(scope, receive)
+            chat = await offload(len(body) <= INLINE_NBYTES, parse, body)
+            self.check_model(chat.model)
+            self._timelines.open(request_id, arrived)
+            await self._answer(Call(request_id, chat, arrived), reply, receive)
+        except TriptychError as error:
+            await reply.error(error)
+        finally:
+            self.running -= 1
+            if self.running == 0:
+                self._idle.set()
+            metrics.requests_running.dec()
+            metrics.requests_ended.labels(str(reply.status)).inc()
+
+    def _check_room(self) -> None:
+        if self.draining:
+            raise Overloaded("the server is shutting down")
+        if self.running > self._config.max_requests:
+            raise Overloaded(f"{self._config.max_requests} requests are in progress already")
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        limit = self._config.max_body_mib * MIB
+        parts: list[bytes] = []
+        size = 0
+        more = True
+        while more:
+            try:
+                async with asyncio.timeout(BODY_S):
+                    message = await receive()
+            except TimeoutError:
+                raise DeadlineExceeded(f"nothing of the body came for {BODY_S:g} s") from None
+            if message["type"] == "http.disconnect":
+                raise Cancelled("the client has gone")
+            part = message.get("body", b"")
+            size += len(part)
+            if size > limit:
+                raise BadRequest(f"the body is larger than {self._config.max_body_mib} MiB")
+            parts.append(part)
+            more = message.get("more_body", False)
+        return b"".join(parts)
+
+    async def _answer(self, call: Call, reply: Reply, receive: Receive) -> None:
+        """Run the request's life beside its client: whichever ends first ends the other."""
+        answer = self._new_answer(call)
+        deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
+        life = asyncio.create_task(self._pipeline.run(call, deltas.put_nowait))
+        life.add_done_callback(lambda _: deltas.put_nowait(END))
+        client = asyncio.create_task(_disconnected(receive))
+        client.add_done_callback(lambda _: life.cancel())
+        try:
+            while (delta := await deltas.get()) is not END:
+                if call.chat.stream:
+                    await reply.stream(answer, delta)
+                else:
+                    answer.add(delta)
+            usage = _usage(life)
+            metrics.prompt_tokens.inc(usage.prompt_tokens)
+            metrics.completion_tokens.inc(usage.completion_tokens)
+            if call.chat.stream:
+                await reply.finish(answer.closing(usage))
+            else:
+                await reply.whole(answer.whole(usage))
+        finally:
+            client.cancel()
+            life.cancel()
+            await asyncio.gather(client, life, return_exceptions=True)
+
+    def _new_answer(self, call: Call) -> Answer:
+        return Answer(
+            call.request_id,
+            self._served_name,
+            piece=self._prompter.piece,
+            logprobs=call.chat.n_logprobs,
+            usage_in_stream=call.chat.wants_usage,
+        )
+
+
+class Reply:
+    """The HTTP response of one request. Its status goes out with the first token."""
+
+    def __init__(self, request_id: str, send: Send) -> None:
+        self.status = 0
+        """0 until it is sent."""
+        self._request_id = request_id
+        self._send = send
+
+    async def stream(self, answer: Answer, delta: Delta) -> None:
+        events = answer.events(delta)
+        if self.status == 0:
+            events = answer.opening() + events
+            await self._start(200, EVENTS, [(b"cache-control", b"no-cache")])
+        if events:
+            await self._body(events, more=True)
+
+    async def finish(self, last: bytes) -> None:
+        await self._body(last, more=False)
+
+    async def whole(self, body: bytes) -> None:
+        length = [(b"content-length", str(len(body)).encode())]
+        await self._start(200, JSON, length)
+        await self._body(body, more=False)
+
+    async def error(self, error: TriptychError) -> None:
+        """As the response, or as the last event of a stream that has begun."""
+        if isinstance(error, Cancelled):
+            logger.info("request %s: %s", self._request_id, error)
+        elif error.status >= 500:
+            logger.warning("request %s: %s: %s", self._request_id, type(error).__name__, error)
+        if self.status:
+            await self._body(error_event(error_body(error)), more=False)
+            return
+        response = error_response(error)
+        self.status = response.status_code
+        headers = [(b"x-request-id", self._request_id.encode()), *response.raw_headers]
+        await self._timed(
+            {"type": "http.response.start", "status": self.status, "headers": headers}
+        )
+        await self._body(bytes(response.body), more=False)
+
+    async def _start(self, status: int, kind: str, headers: list[tuple[bytes, bytes]]) -> None:
+        self.status = status
+        named = [(b"content-type", kind.encode()), (b"x-request-id", self._request_id.encode())]
+        await self._timed(
+            {"type": "http.response.start", "status": status, "headers": named + headers}
+        )
+
+    async def _body(self, body: bytes, *, more: bool) -> None:
+        await self._timed({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _timed(self, message: dict[str, object]) -> None:
+        try:
+            async with asyncio.timeout(SEND_S):
+                await self._send(message)
+        except (TimeoutError, OSError) as exc:
+            raise Cancelled("the client takes nothing of its answer") from exc
+
+
+def error_response(error: TriptychError) -> Response:
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _usage(life: asyncio.Task[Usage]) -> Usage:
+    """What the ended pipeline returned. Raises what it raised, our own bugs as TriptychError."""
+    if life.cancelled():
+        raise Cancelled("the client has gone")
+    error = life.exception()
+    if error is None:
+        return life.result()
+    if not isinstance(error, TriptychError):
+        logger.error("a request failed inside the router", exc_info=error)
+        raise TriptychError("internal error") from error
+    raise error

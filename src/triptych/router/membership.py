@@ -1,0 +1,126 @@
+"""Workers, known by the channel that each keeps to the router. Channel gone, worker gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from triptych import __version__, wire
+from triptych.errors import WorkerLost
+from triptych.observe import metrics
+from triptych.router.placement import Candidate
+from triptych.transfer.channel import Channel
+
+logger = logging.getLogger(__name__)
+ROLES = ("encoder", "prefill", "decode", "language")
+
+
+@dataclass(eq=False)
+class Worker:
+    """A worker while its channel is open."""
+
+    worker_id: str
+    role: str
+    url: str
+    capacity: wire.Capacity
+    identity: wire.ModelIdentity
+    channel: Channel
+    load: int = 0
+    """Outstanding images of an encoder, outstanding tokens of any other role."""
+    requests: dict[str, Callable[[WorkerLost], None]] = field(default_factory=dict)
+    """By wire id: whom to tell when the worker is lost."""
+    heard: bool = False
+    """Something has come on its channel: it knows the session, and may be sent requests."""
+
+    @property
+    def candidate(self) -> Candidate:
+        return Candidate(self.worker_id, self.load)
+
+
+class Membership:
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+        """By channel session."""
+        self._changed = asyncio.Event()
+
+    def check(self, hello: wire.Hello) -> str | None:
+        """Why a worker is refused, both sides named; None when it is welcome.
+
+        The first worker says which model is served; the others must serve the same.
+        """
+        if hello.role not in ROLES:
+            return f"a router takes workers of role {', '.join(ROLES)}, not {hello.role!r}"
+        if hello.release != __version__:
+            return f"the worker is release {hello.release}, this router release {__version__}"
+        for worker in self._workers.values():
+            reason = wire.mismatch(worker.identity, hello.identity)
+            if reason is not None and worker.worker_id != hello.worker_id:
+                return f"{reason} ({worker.worker_id} is registered here)"
+        return None
+
+    def opened(self, channel: Channel) -> None:
+        hello = channel.peer
+        assert isinstance(hello, wire.Hello), "workers dial the router"
+        for worker in list(self._workers.values()):
+            if worker.worker_id == hello.worker_id:
+                self.lost(worker.channel, "it has dialled again")
+        self._workers[channel.session] = Worker(
+            worker_id=hello.worker_id,
+            role=hello.role,
+            url=hello.url,
+            capacity=hello.capacity,
+            identity=hello.identity,
+            channel=channel,
+        )
+
+    def lost(self, channel: Channel, reason: str) -> None:
+        """The worker gets no new work; those that wait for it are told."""
+        worker = self._workers.pop(channel.session, None)
+        if worker is None:
+            return
+        logger.warning("%s at %s is lost: %s", worker.worker_id, worker.url, reason)
+        self._note_change(worker.role)
+        for tell in list(worker.requests.values()):
+            tell(WorkerLost(f"{worker.worker_id} is lost: {reason}"))
+
+    def hear(self, channel: Channel) -> Worker | None:
+        """The worker that a message came from; its first one completes its joining."""
+        worker = self._workers.get(channel.session)
+        if worker is not None and not worker.heard:
+            worker.heard = True
+            logger.info("%s at %s has joined", worker.worker_id, worker.url)
+            self._note_change(worker.role)
+        return worker
+
+    def workers(self, role: str) -> list[Worker]:
+        """Those that may be sent requests."""
+        return [w for w in self._workers.values() if w.role == role and w.heard]
+
+    def present(self) -> Counter[str]:
+        """Number of workers by role; roles without one are absent."""
+        return Counter(worker.role for worker in self._workers.values() if worker.heard)
+
+    async def wait_for(self, wanted: Callable[[], Sequence[str]], timeout_s: float) -> None:
+        """Until every role that ``wanted`` names has a worker.
+
+        ``wanted`` is asked again after every change. Raises WorkerLost naming the missing roles.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._missing(wanted()):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            names = " and ".join(self._missing(wanted()))
+            raise WorkerLost(f"no {names} worker is registered with this router") from None
+
+    def _missing(self, wanted: Sequence[str]) -> list[str]:
+        present = self.present()
+        return [role for role in wanted if role not in present]
+
+    def _note_change(self, role: str) -> None:
+        metrics.workers.labels(role).set(len(self.workers(role)))
+        self._changed.set()

@@ -1,0 +1,288 @@
+"""OpenAI's chat completions as this server takes them: strict types in, OpenAI's errors out.
+
+A field that is unknown, of the wrong type or known but not supported is refused by name. Nothing
+that would change the answer is ignored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from triptych.errors import BadRequest, ClientError, Overloaded, TriptychError, Unauthorized
+
+MAX_STOPS = 4
+MAX_TOP_LOGPROBS = 20
+SEED_BITS = 63
+DEFAULT_MAX_TOKENS = 1024
+"""Most tokens of an answer to a request that sets no limit (less where less fits)."""
+
+_ROLES = {"developer": "system"}
+"""Chat templates know the older name."""
+
+
+class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class ImageURL(Strict, frozen=True):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+    """Taken and without effect: the model's own processor decides the resolution."""
+
+
+class TextPart(Strict, frozen=True, tag_field="type", tag="text"):
+    text: str
+
+
+class ImagePart(Strict, frozen=True, tag_field="type", tag="image_url"):
+    image_url: ImageURL
+
+
+class ChatMessage(Strict, frozen=True):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart | ImagePart] | None = None
+    name: str | None = None
+    refusal: Any = None
+    annotations: Any = None
+    audio: Any = None
+    tool_calls: Any = None
+    tool_call_id: Any = None
+    function_call: Any = None
+
+
+class StreamOptions(Strict, frozen=True):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
+
+
+class ChatRequest(Strict, frozen=True):
+    """``POST /v1/chat/completions``. ``parse`` is the only way to make one from outside."""
+
+    model: str
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    """Not OpenAI's. 0 and -1: all."""
+    seed: Annotated[int, Meta(ge=-(1 << SEED_BITS), le=(1 << SEED_BITS) - 1)] | None = None
+    stop: str | Annotated[list[str], Meta(max_length=MAX_STOPS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    ignore_eos: bool | None = None
+    """Not OpenAI's. The answer goes on after the model's end token (for measurements)."""
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+
+    n: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    functions: Any = None
+    function_call: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    audio: Any = None
+    logit_bias: Any = None
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+    service_tier: Any = None
+    store: Any = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def n_logprobs(self) -> int:
+        """As ``Sampling.logprobs``."""
+        return (self.top_logprobs or 0) if self.logprobs else -1
+
+    def images(self) -> list[ImageInput]:
+        """The images in the order of the prompt."""
+        return [
+            ImageInput(part.image_url.url, f"messages[{i}].content[{j}].image_url")
+            for i, message in enumerate(self.messages)
+            if isinstance(message.content, list)
+            for j, part in enumerate(message.content)
+            if isinstance(part, ImagePart)
+        ]
+
+    def texts(self) -> list[tuple[str, str]]:
+        """(text, JSON path) of everything a client wrote into the prompt."""
+        found: list[tuple[str, str]] = []
+        for i, message in enumerate(self.messages):
+            if isinstance(message.content, str):
+                found.append((message.content, f"messages[{i}].content"))
+            for j, part in enumerate(message.content if isinstance(message.content, list) else ()):
+                if isinstance(part, TextPart):
+                    found.append((part.text, f"messages[{i}].content[{j}].text"))
+            if message.name is not None:
+                found.append((message.name, f"messages[{i}].name"))
+        return found
+
+    def for_template(self) -> list[dict[str, Any]]:
+        """The messages as chat templates know them; images without their data."""
+        return [_for_template(message) for message in self.messages]
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    url: str
+    param: str
+    """JSON path of the part that names it."""
+
+
+def _for_template(message: ChatMessage) -> dict[str, Any]:
+    content: Any = message.content or ""
+    if isinstance(message.content, list):
+        content = [
+            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+            for part in message.content
+        ]
+    named = {"name": message.name} if message.name is not None else {}
+    return {"role": _ROLES.get(message.role, message.role), "content": content, **named}
+
+
+# ------------------------------------------------------------------ reading a request
+
+_decoder = msgspec.json.Decoder(ChatRequest)
+_PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
+_NAMED = re.compile(r"(?:unknown|missing required) field `([^`]*)`")
+
+
+def _always(value: Any) -> bool:
+    return False
+
+
+def _is_one_of(*neutral: Any) -> Callable[[Any], bool]:
+    return lambda value: any(value == one and type(value) is type(one) for one in neutral)
+
+
+_NEUTRAL: dict[str, Callable[[Any], bool]] = {
+    "n": _is_one_of(1),
+    "tools": _is_one_of([]),
+    "tool_choice": _is_one_of("none", "auto"),
+    "parallel_tool_calls": _is_one_of(True, False),
+    "functions": _is_one_of([]),
+    "function_call": _is_one_of("none", "auto"),
+    "response_format": _is_one_of({"type": "text"}),
+    "modalities": _is_one_of(["text"]),
+    "audio": _always,
+    "logit_bias": _is_one_of({}),
+    "presence_penalty": _is_one_of(0, 0.0),
+    "frequency_penalty": _is_one_of(0, 0.0),
+    "prediction": _always,
+    "reasoning_effort": _is_one_of("none"),
+    "verbosity": _is_one_of("medium"),
+    "web_search_options": _always,
+    "service_tier": _is_one_of("auto", "default"),
+    "store": _is_one_of(False),
+}
+"""OpenAI's fields that are not supported, with the values that ask for nothing."""
+_NEUTRAL_IN_MESSAGE: dict[str, Callable[[Any], bool]] = {
+    "refusal": _always,
+    "annotations": _is_one_of([]),
+    "audio": _always,
+    "tool_calls": _is_one_of([]),
+    "tool_call_id": _always,
+    "function_call": _always,
+}
+
+
+def parse(body: bytes) -> ChatRequest:
+    """Raises BadRequest naming the field at fault."""
+    try:
+        request = _decoder.decode(body)
+    except msgspec.ValidationError as exc:
+        raise _invalid(str(exc)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise BadRequest(f"the body is not JSON: {exc}") from None
+    _refuse_unsupported(request, _NEUTRAL, "")
+    for index, message in enumerate(request.messages):
+        where = f"messages[{index}]"
+        _refuse_unsupported(message, _NEUTRAL_IN_MESSAGE, f"{where}.")
+        if message.content is None and message.role != "assistant":
+            raise BadRequest(f"{where}.content is missing", param=f"{where}.content")
+    _check_together(request)
+    return request
+
+
+def _check_together(request: ChatRequest) -> None:
+    if any(not stop for stop in request.stops):
+        raise BadRequest("a stop string must not be empty", param="stop")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+    if request.stream_options is not None and not request.stream:
+        raise BadRequest("stream_options needs stream to be true", param="stream_options")
+    limits = {request.max_tokens, request.max_completion_tokens} - {None}
+    if len(limits) > 1:
+        raise BadRequest("max_tokens and max_completion_tokens disagree", param="max_tokens")
+
+
+def _refuse_unsupported(
+    struct: Strict, table: dict[str, Callable[[Any], bool]], prefix: str
+) -> None:
+    for name, is_neutral in table.items():
+        value = getattr(struct, name)
+        if value is not None and not is_neutral(value):
+            shown = msgspec.json.encode(value)[:80].decode(errors="replace")
+            raise BadRequest(f"{prefix}{name} = {shown} is not supported", param=prefix + name)
+
+
+def _invalid(message: str) -> BadRequest:
+    """From msgspec's words and JSON path to OpenAI's."""
+    match = _PATH.match(message)
+    assert match is not None, "the pattern matches everything"
+    what, path = match["what"], (match["path"] or "").removeprefix(".")
+    if named := _NAMED.search(what):
+        path = f"{path}.{named[1]}" if path else named[1]
+    if path.endswith("].type"):
+        what += " (supported: text, image_url)"
+    return BadRequest(f"{path}: {what}" if path else what, param=path or None)
+
+
+# ------------------------------------------------------------------ errors
+
+
+def error_body(error: TriptychError) -> dict[str, Any]:
+    """``{"error": {message, type, param, code}}``."""
+    if isinstance(error, Unauthorized):
+        kind = "authentication_error"
+    elif isinstance(error, ClientError):
+        kind = "invalid_request_error"
+    else:
+        kind = "rate_limit_error" if isinstance(error, Overloaded) else "server_error"
+    return {
+        "error": {
+            "message": error.message,
+            "type": kind,
+            "param": error.param,
+            "code": error.code,
+        }
+    }

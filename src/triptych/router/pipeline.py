@@ -1,0 +1,362 @@
+"""The life of a request, in one coroutine: ``Pipeline.run``."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from triptych import wire
+from triptych.config import RouterConfig
+from triptych.errors import (
+    BadRequest,
+    ClientError,
+    DeadlineExceeded,
+    PromptTooLong,
+    TriptychError,
+    UnsupportedModel,
+    rebuild,
+)
+from triptych.media.fetch import fetch
+from triptych.observe import metrics
+from triptych.request import Sampling
+from triptych.router.answers import Delta, Usage
+from triptych.router.attempt import Attempt, together
+from triptych.router.call import Call, Picture, Prompt
+from triptych.router.client import WorkerClient
+from triptych.router.detokenize import Detokenizer
+from triptych.router.inbox import Inboxes, StageFailed
+from triptych.router.membership import Membership, Worker
+from triptych.router.offload import INLINE_NBYTES, offload
+from triptych.router.openai import DEFAULT_MAX_TOKENS, SEED_BITS, ChatRequest, ImageInput
+from triptych.router.placement import answering_roles
+from triptych.router.prompt import Prompter
+from triptych.router.timelines import Timelines
+
+RETRIES = 2
+"""More tries that a request gets on other workers, before its first token."""
+FETCHES = 8
+"""Images of one request that are fetched at the same time."""
+
+Emit = Callable[[Delta], None]
+
+
+class Pipeline:
+    def __init__(
+        self,
+        config: RouterConfig,
+        prompter: Prompter,
+        membership: Membership,
+        inboxes: Inboxes,
+        timelines: Timelines,
+    ) -> None:
+        self._config = config
+        self._timeouts = config.timeouts
+        self._prompter = prompter
+        self._membership = membership
+        self._inboxes = inboxes
+        self._timelines = timelines
+        self._client = WorkerClient(config.timeouts)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def run(self, call: Call, emit: Emit) -> Usage:
+        """The life of a request: from its arrival until ``emit`` has had its last text.
+
+        Raises what it ends with otherwise. However it ends, cancelled from outside too, no
+        worker is left holding anything for it.
+        """
+        try:
+            async with asyncio.timeout(self._timeouts.request):
+                rendered = self._prompter.render(call.chat)
+                pictures = await self._fetch(call)
+                while True:
+                    attempt = self._next_attempt(call)
+                    cancel: Sequence[Worker] | None = None
+                    try:
+                        items = await self._encode(call, attempt, pictures)
+                        prompt = await self._expand(call, attempt, rendered, items)
+                        await self._start(call, attempt, prompt, items)
+                        usage, cancel = await self._relay(call, attempt, prompt, pictures, emit)
+                        return usage
+                    except StageFailed as failure:
+                        self._retry_or_raise(call, attempt, failure)
+                    finally:
+                        attempt.close(cancel=cancel)
+        except TimeoutError:
+            raise DeadlineExceeded(f"not finished in {self._timeouts.request:g} s") from None
+        except TriptychError as error:
+            raise call.located(error) from error
+
+    # ------------------------------------------------------------------ 1: the images
+
+    async def _fetch(self, call: Call) -> list[Picture]:
+        limits = self._config.limits
+        if len(call.images) > limits.max_images:
+            raise BadRequest(
+                f"{len(call.images)} images, the limit is {limits.max_images}", param="messages"
+            )
+        free = asyncio.Semaphore(FETCHES)
+
+        async def one(index: int, image: ImageInput) -> Picture:
+            async with free:
+                start = time.time()
+                try:
+                    data = await fetch(
+                        image.url,
+                        limits=limits,
+                        timeout_s=self._timeouts.media,
+                        allow_private=self._config.allow_private_media,
+                        root=self._config.allowed_media_root,
+                    )
+                except ClientError as error:
+                    error.item = index
+                    raise
+                digest = await offload(len(data) <= INLINE_NBYTES, _digest, data)
+                self._span(call, "fetch", start, item=index, nbytes=len(data))
+                return Picture(data, digest)
+
+        return await together(one(i, image) for i, image in enumerate(call.images))
+
+    def _next_attempt(self, call: Call) -> Attempt:
+        call.tries += 1
+        wire_id = call.request_id if call.tries == 1 else f"{call.request_id}-{call.tries}"
+        self._timelines.share(call.request_id, wire_id)
+        return Attempt(wire_id, self._membership, self._client, self._inboxes)
+
+    # ------------------------------------------------------------------ 2: metadata and refs
+
+    async def _encode(
+        self, call: Call, attempt: Attempt, pictures: Sequence[Picture]
+    ) -> list[wire.PrefillItem]:
+        if not pictures:
+            return []
+        await self._membership.wait_for(lambda: ("encoder",), self._timeouts.worker)
+        attempt.place_items([picture.digest for picture in pictures], call.avoided)
+        shares: dict[Worker, list[int]] = {}
+        for index, worker in enumerate(attempt.encoders):
+            shares.setdefault(worker, []).append(index)
+        found = await together(
+            self._encode_at(call, attempt, worker, pictures, indices)
+            for worker, indices in shares.items()
+        )
+        items = {item.index: item for share in found for item in share}
+        return [_encoded(items.get(index), index) for index in range(len(pictures))]
+
+    async def _encode_at(
+        self,
+        call: Call,
+        attempt: Attempt,
+        worker: Worker,
+        pictures: Sequence[Picture],
+        indices: Sequence[int],
+    ) -> list[wire.EncodedItem]:
+        """Ask one encoder by content first, then send the bytes of what it does not know."""
+
+        async def ask(indices: Sequence[int], *, send: bool) -> list[wire.EncodedItem]:
+            message = wire.EncodeRequest(
+                request_id=attempt.wire_id,
+                items=tuple(
+                    wire.EncodeItem(i, pictures[i].digest, pictures[i].data if send else None)
+                    for i in indices
+                ),
+                images_in_request=len(pictures),
+            )
+            wait_s = self._timeouts.pool if send else 0.0
+            reply = await attempt.post(
+                worker, "/encode", message, wire.EncodeResponse, wait_s=wait_s
+            )
+            return list(reply.items)
+
+        start = time.time()
+        known = await ask(indices, send=False)
+        missed = [item.index for item in known if item.miss]
+        if missed:
+            known = [item for item in known if not item.miss] + await ask(missed, send=True)
+        note = f"{worker.worker_id}: {len(indices)} images, {len(missed)} sent"
+        nbytes = sum(len(pictures[index].data) for index in missed)
+        self._span(call, "encode_call", start, nbytes=nbytes, note=note)
+        return known
+
+    # ------------------------------------------------------------------ 3: the prompt
+
+    async def _expand(
+        self, call: Call, attempt: Attempt, rendered: str, items: Sequence[wire.PrefillItem]
+    ) -> Prompt:
+        start = time.time()
+        token_ids = await self._prompter.tokens(rendered, [item.meta.text for item in items])
+        rows = sum(item.meta.rows for item in items)
+        places = token_ids.count(self._prompter.image_token_id)
+        if rows != places:
+            raise UnsupportedModel(f"{rows} embedding rows, {places} image tokens in the prompt")
+        topology = self._config.topology
+
+        def roles() -> tuple[str, ...]:
+            return answering_roles(topology, self._membership.present())
+
+        await self._membership.wait_for(roles, self._timeouts.worker)
+        attempt.place_answer(roles(), call.avoided)
+        max_tokens = self._max_tokens(call.chat, len(token_ids), list(attempt.answering.values()))
+        attempt.charge_answer(len(token_ids), max_tokens)
+        self._span(call, "tokenize", start, note=f"{len(token_ids)} tokens")
+        return Prompt(tuple(token_ids), self._sampling(call, max_tokens))
+
+    def _max_tokens(self, chat: ChatRequest, n_prompt: int, workers: Sequence[Worker]) -> int:
+        """As asked for; else what fits, ``DEFAULT_MAX_TOKENS`` at most. Raises PromptTooLong."""
+        limits = [w.capacity.max_model_len for w in workers if w.capacity.max_model_len > 0]
+        asked = chat.max_new_tokens
+        if not limits:
+            return asked or DEFAULT_MAX_TOKENS
+        limit = min(limits)
+        if n_prompt + (asked or 1) > limit:
+            answer = f" and max_tokens {asked}" if asked else ""
+            raise PromptTooLong(
+                f"the model takes {limit} tokens; the prompt has {n_prompt}{answer}",
+                param="messages",
+            )
+        return asked or min(DEFAULT_MAX_TOKENS, limit - n_prompt)
+
+    def _sampling(self, call: Call, max_tokens: int) -> Sampling:
+        chat = call.chat
+        if chat.seed is None:
+            # Kept for further tries: they must choose the same tokens.
+            chat = call.chat = msgspec.structs.replace(chat, seed=secrets.randbits(SEED_BITS))
+        assert chat.seed is not None
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if chat.temperature is None else chat.temperature,
+            top_p=1.0 if chat.top_p is None else chat.top_p,
+            top_k=max(0, chat.top_k or 0),
+            seed=chat.seed % (1 << SEED_BITS),
+            stop_ids=() if chat.ignore_eos else self._prompter.stop_ids,
+            logprobs=chat.n_logprobs,
+        )
+
+    # ------------------------------------------------------------------ 4: the answer
+
+    async def _start(
+        self, call: Call, attempt: Attempt, prompt: Prompt, items: Sequence[wire.PrefillItem]
+    ) -> None:
+        """Set the answering workers going; tokens come to the attempt's inbox."""
+        work = wire.PrefillRequest(
+            request_id=attempt.wire_id,
+            token_ids=prompt.token_ids,
+            items=tuple(items),
+            sampling=prompt.sampling,
+        )
+        if language := attempt.answering.get("language"):
+            await attempt.post(language, "/generate", work, wire.Accepted)
+            return
+        prefill, decode = attempt.answering["prefill"], attempt.answering["decode"]
+        decodes = prompt.sampling.max_tokens > 1
+        if decodes:
+            start = time.time()
+            n_tokens = len(prompt.token_ids) + prompt.sampling.max_tokens
+            room = wire.ReserveRequest(request_id=attempt.wire_id, n_tokens=n_tokens)
+            wait_s = self._timeouts.pool
+            await attempt.post(decode, "/reserve", room, wire.ReserveResponse, wait_s=wait_s)
+            self._span(call, "reserve", start, note=f"{n_tokens} tokens")
+        reply = await attempt.post(prefill, "/prefill", work, wire.PrefillResponse)
+        if not decodes:
+            return
+        if reply.kv is None:
+            raise TriptychError(f"{prefill.worker_id} lends no KV")
+        go_on = wire.DecodeRequest(
+            request_id=attempt.wire_id, kv=reply.kv, sampling=prompt.sampling
+        )
+        await attempt.post(decode, "/decode", go_on, wire.Accepted)
+
+    async def _relay(
+        self,
+        call: Call,
+        attempt: Attempt,
+        prompt: Prompt,
+        pictures: list[Picture],
+        emit: Emit,
+    ) -> tuple[Usage, Sequence[Worker] | None]:
+        """Tokens to text until the answer ends. (Usage, who must still be told: None is all.)"""
+        text = Detokenizer(self._prompter.decode, call.chat.stops)
+        n_prompt, n_answer = len(prompt.token_ids), 0
+        first_token = 0.0
+        while True:
+            events = await attempt.inbox.take()
+            if not call.answered:
+                call.answered, first_token = True, time.time()
+                metrics.first_token_seconds.observe(first_token - call.arrived)
+                attempt.discharge("encoder", "prefill")
+                pictures.clear()  # nobody will ask for their bytes again
+            new, used, finish = "", 0, ""
+            for event in events:
+                n_answer += 1
+                finish = event.finish
+                if finish != "stop":  # an end token is no text
+                    used += 1
+                    new += text.push(event.token)
+                if finish:
+                    new += text.finish()
+                if text.stopped:
+                    finish = "stop"
+                if finish:
+                    break
+            emit(Delta(new, tuple(events[:used]), finish))
+            if finish:
+                self._span(call, "stream", first_token, note=f"{n_answer} tokens")
+                usage = Usage(n_prompt, n_answer, n_prompt + n_answer)
+                return usage, _still_holding(attempt, prompt, ended=bool(event.finish))
+
+    # ------------------------------------------------------------------ failures
+
+    def _retry_or_raise(self, call: Call, attempt: Attempt, failure: StageFailed) -> None:
+        """Returns if the request may be tried on other workers, else raises the error."""
+        worker = attempt.suspect(failure)
+        call.avoided.add(worker.worker_id)
+        if (
+            not failure.error.retryable
+            or call.answered
+            or call.tries > RETRIES
+            or not attempt.has_other(worker, call.avoided)
+        ):
+            raise failure.error
+        note = f"{type(failure.error).__name__}: {failure.error.message}"
+        self._span(call, "retry", time.time(), note=note)
+
+    def _span(
+        self,
+        call: Call,
+        name: str,
+        start: float,
+        *,
+        item: int = -1,
+        nbytes: int = 0,
+        note: str = "",
+    ) -> None:
+        self._timelines.own(
+            call.request_id, name, start, time.time(), item=item, nbytes=nbytes, note=note
+        )
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _encoded(item: wire.EncodedItem | None, index: int) -> wire.PrefillItem:
+    """What /encode says of one image, as prefill takes it. Raises what the image is refused for."""
+    if item is not None and item.error:
+        raise rebuild(item.error, item.reason, item=index)
+    if item is None or item.meta is None or item.ref is None:
+        raise TriptychError("the encoder said nothing about it", item=index)
+    return wire.PrefillItem(meta=item.meta, ref=item.ref)
+
+
+def _still_holding(attempt: Attempt, prompt: Prompt, *, ended: bool) -> Sequence[Worker] | None:
+    """Who holds something after the last token. ``ended``: the workers ended the answer."""
+    if not ended:
+        return None
+    if prompt.sampling.max_tokens == 1 and "prefill" in attempt.answering:
+        return [attempt.answering["prefill"]]  # its KV was lent to nobody
+    return ()

@@ -1,0 +1,183 @@
+"""The model's prompt: chat template, image texts, token ids; and its tokens back to text.
+
+Token ids equal those of the checkpoint's Transformers processor. Only tokenizer and template are
+loaded: no image processor, no model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from triptych.config import ModelConfig
+from triptych.errors import BadRequest, UnsupportedModel
+from triptych.media.placeholder import placeholder
+from triptych.router.offload import INLINE_CHARACTERS, offload
+from triptych.router.openai import ChatRequest
+
+_PROBE = "a probe"
+
+
+class Prompter:
+    """Loading blocks for seconds; afterwards safe to use from several threads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Raises UnsupportedModel: no such model, an unknown family, no chat template."""
+        source: dict[str, Any] = {"revision": config.revision}
+        try:
+            model = AutoConfig.from_pretrained(config.model, **source)
+            self._tokenizer = AutoTokenizer.from_pretrained(config.model, **source)
+        except (OSError, ValueError) as exc:
+            raise UnsupportedModel(f"{config.model} cannot be loaded: {exc}") from exc
+        self.placeholder = placeholder(model.model_type, self._tokenizer)
+        """What the template writes for an image, replaced by the image's text."""
+        self.image_token_id = _image_token_id(model)
+        self.stop_ids = _stop_ids(config, model, self._tokenizer)
+        """Tokens that end an answer."""
+        self._template = _chat_template(config, self._tokenizer)
+        self._takes_strings = self._probe()
+        image_token = str(self._tokenizer.convert_ids_to_tokens(self.image_token_id))
+        self._reserved = (self.placeholder, image_token)
+        self._image_token = image_token
+        self._runs = re.compile(f"(?:{re.escape(image_token)})+")
+
+    # ------------------------------------------------------------------ to the model
+
+    def render(self, chat: ChatRequest) -> str:
+        """The conversation as text, one ``placeholder`` for each image.
+
+        Raises BadRequest: a text holds what marks an image, or the template refuses the messages.
+        """
+        for text, param in chat.texts():
+            for reserved in self._reserved:
+                if reserved in text:
+                    raise BadRequest(
+                        f"{param} contains {reserved}, which marks images", param=param
+                    )
+        messages = chat.for_template()
+        if not self._takes_strings:
+            for message in messages:
+                if isinstance(message["content"], str):
+                    message["content"] = [{"type": "text", "text": message["content"]}]
+        try:
+            rendered = self._render(messages)
+        except jinja2.TemplateError as exc:
+            raise BadRequest(
+                f"the model's chat template refuses the messages: {exc}", param="messages"
+            ) from exc
+        wanted, found = len(chat.images()), rendered.count(self.placeholder)
+        if wanted != found:
+            raise BadRequest(
+                f"{wanted} images, but {found} places for them in the prompt: the model's chat "
+                f"template leaves some out, or texts put together form {self.placeholder}",
+                param="messages",
+            )
+        return rendered
+
+    async def tokens(self, rendered: str, item_texts: Sequence[str]) -> list[int]:
+        """Token ids of ``rendered`` with each placeholder replaced by the text of its image."""
+        pieces = rendered.split(self.placeholder)
+        assert len(pieces) == len(item_texts) + 1, "render() counted them"
+        text = pieces[0] + "".join(
+            item + piece for item, piece in zip(item_texts, pieces[1:], strict=True)
+        )
+        # An image is thousands of equal tokens. They stand apart from all text, so that one in
+        # place of each run gives the same ids in a fraction of the time.
+        runs = [len(run) // len(self._image_token) for run in self._runs.findall(text)]
+        short = self._runs.sub(self._image_token, text) if runs else text
+        ids = await offload(len(short) <= INLINE_CHARACTERS, self._encode, short)
+        if not runs:
+            return ids
+        if ids.count(self.image_token_id) != len(runs):
+            raise UnsupportedModel(f"the tokenizer does not keep {self._image_token} apart")
+        lengths = iter(runs)
+        return [
+            token
+            for found in ids
+            for token in ([found] * next(lengths) if found == self.image_token_id else (found,))
+        ]
+
+    def _encode(self, text: str) -> list[int]:
+        bos = self._tokenizer.bos_token
+        has_bos = bos is not None and text.startswith(bos)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+        return ids
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        rendered, _ = render_jinja_template(
+            conversations=[messages],
+            chat_template=self._template,
+            add_generation_prompt=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        return str(rendered[0])
+
+    def _probe(self) -> bool:
+        """Whether the template shows a message whose content is a string; some take parts only."""
+        try:
+            return _PROBE in self._render([{"role": "user", "content": _PROBE}])
+        except (jinja2.TemplateError, TypeError):
+            return False
+
+    # ------------------------------------------------------------------ from the model
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids`` without special tokens."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def piece(self, token: int) -> str:
+        """One token by itself, as logprobs show it; special tokens by name."""
+        return str(self._tokenizer.decode([token]))
+
+
+def _image_token_id(model: Any) -> int:
+    for name in ("image_token_id", "image_token_index"):
+        found = getattr(model, name, None)
+        if isinstance(found, int):
+            return found
+    raise UnsupportedModel(f"the configuration of {model.model_type} names no image token")
+
+
+def _stop_ids(config: ModelConfig, model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """The generation settings' end tokens, else the model's; and the tokenizer's."""
+    try:
+        named = GenerationConfig.from_pretrained(
+            config.model, revision=config.revision
+        ).eos_token_id
+    except OSError:
+        named = getattr(model.get_text_config(), "eos_token_id", None)
+    found = [named] if isinstance(named, int) else list(named or ())
+    if tokenizer.eos_token_id is not None:
+        found.append(tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(found))
+
+
+def _chat_template(config: ModelConfig, tokenizer: Any) -> str:
+    """chat_template.jinja, chat_template.json or the tokenizer's own, in this order."""
+    found = {
+        name: cached_file(
+            config.model,
+            name,
+            revision=config.revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        for name in ("chat_template.jinja", "chat_template.json")
+    }
+    if path := found["chat_template.jinja"]:
+        return Path(path).read_text(encoding="utf-8")
+    if path := found["chat_template.json"]:
+        return str(json.loads(Path(path).read_text(encoding="utf-8"))["chat_template"])
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str):
+        raise UnsupportedModel(f"{config.model} has no chat template")
+    return template

@@ -1,0 +1,175 @@
+"""The language engine inside a worker: its memory, its threads, and the way back to the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+import torch
+
+from triptych import wire
+from triptych.config import (
+    MIB,
+    EngineConfig,
+    ModelConfig,
+    NetworkConfig,
+    Secrets,
+    Timeouts,
+    TransportName,
+)
+from triptych.engine.loop import Engine
+from triptych.engine.messages import Cancel, StepOutput
+from triptych.engine.selftest import selftest
+from triptych.errors import TriptychError
+from triptych.models.language import LanguageModel
+from triptych.models.loading import identity, load_language
+from triptych.request import Span
+from triptych.stage.feed import EmbeddingFeed
+from triptych.stage.shell import Stage
+from triptych.transfer.consumer import Consumer
+from triptych.transfer.pool import Pool
+from triptych.transfer.region import Region
+from triptych.transfer.transports.choice import open_transports
+
+logger = logging.getLogger(__name__)
+
+
+class EngineHost:
+    """One registered region (KV blocks, then the landing area), the engine on it, a consumer.
+
+    ``on_output`` and ``on_failed`` are called on the event loop; tokens, spans and failures have
+    been reported to the router by then.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        model: LanguageModel,
+        config: EngineConfig,
+        *,
+        transport: TransportName,
+        landing_mib: int,
+        on_output: Callable[[StepOutput], None],
+        on_failed: Callable[[str, TriptychError], None],
+    ) -> None:
+        self._stage = stage
+        self._on_output = on_output
+        self._on_failed = on_failed
+        self._loop: asyncio.AbstractEventLoop | None = None
+        kv_nbytes, landing_nbytes = config.kv_mib * MIB, landing_mib * MIB
+        self.region = Region(kv_nbytes + landing_nbytes, stage.nonce)
+        self.kv_offset = self.region.carve(kv_nbytes)
+        memory = self.region.tensor(self.kv_offset, (kv_nbytes,), torch.uint8)
+        self.engine = Engine(model, memory, config, self._from_engine)
+        self._transports = open_transports(
+            transport,
+            self.region,
+            url=stage.url,
+            host=urlsplit(stage.url).hostname or stage.network.host,
+        )
+        self.consumer = Consumer(stage.dial, self.region, self._transports, stage.timeouts)
+        self.feed = EmbeddingFeed(
+            self.consumer,
+            self.region,
+            Pool(self.region.carve(landing_nbytes), landing_nbytes),
+            self.engine,
+            stage.timeouts,
+            on_failed=self._feed_failed,
+            on_spans=stage.spans,
+        )
+
+    @property
+    def capacity(self) -> wire.Capacity:
+        return wire.Capacity(
+            pool_nbytes=self.region.nbytes,
+            kv_blocks=self.engine.kv.n_blocks,
+            block_size=self.engine.kv.block_size,
+            max_model_len=self.engine.max_model_len,
+        )
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.engine.start()
+
+    async def stop(self) -> None:
+        await self.feed.close()
+        await self.consumer.close()
+        await asyncio.to_thread(self.engine.close, self._stage.timeouts.drain)
+        for transport in self._transports.values():
+            transport.close()
+        self.region.close()
+
+    def offers(self) -> tuple[wire.TransportOffer, ...]:
+        """How others may read the KV blocks here."""
+        return tuple(transport.offer() for transport in self._transports.values())
+
+    def report_failed(self, request_id: str, error: TriptychError) -> None:
+        self._stage.report(
+            wire.Failed(
+                request_id=request_id,
+                stage=self._stage.role,
+                error=type(error).__name__,
+                reason=error.message,
+                item=-1 if error.item is None else error.item,
+                retryable=error.retryable,
+            )
+        )
+
+    # ------------------------------------------------------------------ from the engine thread
+
+    def _from_engine(self, output: StepOutput) -> None:
+        assert self._loop is not None, "the engine starts with the host"
+        self._loop.call_soon_threadsafe(self._deliver, output)
+
+    def _deliver(self, output: StepOutput) -> None:
+        if output.tokens:
+            self._stage.report(wire.Tokens(tokens=output.tokens))
+        for request_id, item in output.consumed:
+            self.feed.consumed(request_id, item)
+        self._on_output(output)
+        for request_id, error in output.failed:
+            self._fail(request_id, error)
+        spans: dict[str, list[Span]] = defaultdict(list)
+        for request_id, span in output.spans:
+            spans[request_id].append(span)
+        for request_id, found in spans.items():
+            self._stage.spans(request_id, found)
+
+    def _feed_failed(self, request_id: str, error: TriptychError) -> None:
+        self.engine.submit(Cancel(request_id))
+        self._fail(request_id, error)
+
+    def _fail(self, request_id: str, error: TriptychError) -> None:
+        self.feed.cancel(request_id)
+        self.report_failed(request_id, error)
+        self._on_failed(request_id, error)
+
+
+def create_language_stage(
+    role: str,
+    model_config: ModelConfig,
+    engine_config: EngineConfig,
+    network: NetworkConfig,
+    timeouts: Timeouts,
+    secrets: Secrets,
+) -> tuple[Stage, LanguageModel]:
+    """Bind, load the language half and compare the engine with it. Blocks for seconds.
+
+    Raises ConfigError (address), UnsupportedModel (refused by name or by the self-test).
+    """
+    if engine_config.threads:
+        torch.set_num_threads(engine_config.threads)
+    model = load_language(model_config)
+    if engine_config.selftest:
+        selftest(model, engine_config)
+    stage = Stage(
+        role,
+        network=network,
+        timeouts=timeouts,
+        secrets=secrets,
+        identity=identity(model_config, processor=""),
+    )
+    return stage, model

@@ -1,0 +1,276 @@
+"""The shell that every worker shares: an HTTP server, a place at the router, and their ends.
+
+A role builds a ``Stage``, hands it a ``Service`` (what the role does) and adds its POST routes.
+Everything here runs on the process's event loop and does no work of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets as random
+import signal
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+
+from triptych import __version__, wire
+from triptych.config import NetworkConfig, Secrets, Timeouts
+from triptych.errors import PeerRefused, WorkerLost
+from triptych.observe.metrics import record_span
+from triptych.request import Span
+from triptych.stage.http import Handler, HttpServer, bind, cancel_and_wait, post_route, url_of
+from triptych.transfer.channel import Channel, OnLost, OnMessage, Sessions
+from triptych.transfer.handshake import Listener, dial
+
+logger = logging.getLogger(__name__)
+M = TypeVar("M", bound=wire.Message)
+
+REDIAL_S = 0.25
+"""First wait before dialling a router that is not there; doubles up to REDIAL_MAX_S."""
+REDIAL_MAX_S = 2.0
+MAX_BODY = 1 << 30
+"""Bytes of the largest request body between roles."""
+
+
+class Service(Protocol):
+    """What a role does. All calls come on the event loop."""
+
+    async def start(self) -> None:
+        """Everything that must run before the worker says it is ready."""
+
+    async def stop(self) -> None: ...
+
+    def offers(self) -> tuple[wire.TransportOffer, ...]:
+        """How this worker's pool can be read; () when nobody reads from it."""
+
+    def on_message(self, channel: Channel, message: wire.ChannelMessage) -> None:
+        """A channel message that the shell does not handle itself."""
+
+    def on_lost(self, channel: Channel) -> None:
+        """A channel is gone, and with it every lease its other end held."""
+
+    def cancel(self, request_id: str) -> None:
+        """End everything done for the request. Idempotent."""
+
+
+class Stage:
+    """One worker's shell: bound socket, sessions, registration, reports to the router."""
+
+    def __init__(
+        self,
+        role: str,
+        *,
+        network: NetworkConfig,
+        timeouts: Timeouts,
+        secrets: Secrets,
+        identity: wire.ModelIdentity,
+    ) -> None:
+        self.role = role
+        self.network = network
+        self.timeouts = timeouts
+        self.secrets = secrets
+        self.identity = identity
+        self.capacity = wire.Capacity()
+        self.nonce = random.token_hex(16)
+        self.worker_id = f"{role}-{os.getpid()}-{self.nonce[:6]}"
+        self._socket = bind(network.host, network.port)
+        self.url = url_of(self._socket, network.advertise)
+        self.sessions = Sessions()
+        self.router: Channel | None = None
+        """The channel to the router while there is one."""
+        self.started = asyncio.Event()
+        """Set once the worker is registered with its router."""
+        self._service: Service | None = None
+        self._routes: list[BaseRoute] = []
+        self._stopping = asyncio.Event()
+        self._refused: PeerRefused | None = None
+
+    # ------------------------------------------------------------------ assembly
+
+    def attach(self, service: Service, capacity: wire.Capacity) -> None:
+        self._service = service
+        self.capacity = capacity
+
+    def post(self, path: str, kind: type[M], handler: Handler[M]) -> None:
+        self._routes.append(post_route(path, kind, handler, self.sessions, MAX_BODY))
+
+    def route(self, route: BaseRoute) -> None:
+        self._routes.append(route)
+
+    @property
+    def service(self) -> Service:
+        assert self._service is not None, "attach() comes before serve()"
+        return self._service
+
+    # ------------------------------------------------------------------ life
+
+    async def serve(self, *, handle_signals: bool = True) -> None:
+        """Run until ``stop`` or, with ``handle_signals``, SIGTERM or SIGINT.
+
+        Raises PeerRefused when the router refuses this worker before it was ever registered.
+        """
+        if handle_signals:
+            loop = asyncio.get_running_loop()
+            for name in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(name, self.stop)
+        server = HttpServer(self._app(), self._socket, self.timeouts.drain)
+        await self.service.start()
+        serving = asyncio.create_task(server.run_until_stopped())
+        registering = asyncio.create_task(self._stay_registered())
+        try:
+            await self._stopping.wait()
+        finally:
+            await cancel_and_wait(registering)
+            if self.router is not None:
+                await self.router.close()
+            await self.service.stop()
+            server.stop()
+            await serving
+        if self._refused is not None:
+            raise self._refused
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    async def _stay_registered(self) -> None:
+        """Keep a channel to the router, whatever happens to it."""
+        wait = REDIAL_S
+        while True:
+            try:
+                self.router = await self.dial(self.network.router, self._on_message, self._on_lost)
+            except WorkerLost as exc:
+                logger.info("router %s: %s; trying again", self.network.router, exc)
+            except PeerRefused as exc:
+                logger.error("router %s refuses this worker: %s", self.network.router, exc)
+                if not self.started.is_set():
+                    self._refused = exc
+                    self.stop()
+                    return
+            else:
+                wait = REDIAL_S
+                self.started.set()
+                logger.info(
+                    "%s at %s is registered with %s", self.role, self.url, self.network.router
+                )
+                await self.router.wait_closed()
+                self.router = None
+                logger.warning("the channel to router %s is lost", self.network.router)
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, REDIAL_MAX_S)
+
+    async def dial(self, url: str, on_message: OnMessage, on_lost: OnLost) -> Channel:
+        """A channel to the listener at ``url``, as this worker. PeerRefused, WorkerLost."""
+        return await dial(
+            url,
+            self._hello,
+            self.secrets.shared,
+            self.timeouts,
+            self.sessions,
+            on_message,
+            on_lost,
+        )
+
+    def _hello(self) -> wire.Hello:
+        """How this worker introduces itself; the handshake adds nonce and proof."""
+        return wire.Hello(
+            version=wire.VERSION,
+            release=__version__,
+            role=self.role,
+            worker_id=self.worker_id,
+            url=self.url,
+            nonce="",
+            process=self.nonce,
+            identity=self.identity,
+            capacity=self.capacity,
+            proof="",
+        )
+
+    # ------------------------------------------------------------------ to the router
+
+    def report(self, message: wire.Message) -> None:
+        """To the router; dropped when it is gone, since it has dropped the request too."""
+        if self.router is not None and self.router.is_open:
+            self.router.send(message)
+
+    def spans(self, request_id: str, spans: Sequence[Span]) -> None:
+        if not spans:
+            return
+        pid = os.getpid()
+        named = tuple(msgspec.structs.replace(span, role=self.role, pid=pid) for span in spans)
+        self.report(wire.Spans(request_id=request_id, spans=named))
+        for span in named:
+            seconds = span.end - span.start
+            record_span(self.role, span.name, seconds, span.nbytes, span.transport)
+
+    # ------------------------------------------------------------------ from peers
+
+    def _on_message(self, channel: Channel, message: wire.ChannelMessage) -> None:
+        if isinstance(message, wire.Cancel):
+            self.service.cancel(message.request_id)
+        else:
+            self.service.on_message(channel, message)
+
+    def _on_lost(self, channel: Channel, reason: str) -> None:
+        self.service.on_lost(channel)
+
+    def _on_open(self, channel: Channel) -> None:
+        logger.info("%s reads from this worker", channel.peer.worker_id)
+
+    def _welcome(self) -> wire.Welcome:
+        return wire.Welcome(
+            session="",
+            role=self.role,
+            worker_id=self.worker_id,
+            process=self.nonce,
+            proof="",
+            offers=self.service.offers(),
+        )
+
+    def _check(self, hello: wire.Hello) -> str | None:
+        """Why a peer that dials this worker is refused; None when it is welcome."""
+        if hello.release != __version__:
+            return f"release {hello.release} dials release {__version__}"
+        return wire.mismatch(self.identity, hello.identity)
+
+    # ------------------------------------------------------------------ HTTP
+
+    def _app(self) -> Starlette:
+        listener = Listener(
+            secret=self.secrets.shared,
+            timeouts=self.timeouts,
+            sessions=self.sessions,
+            welcome=self._welcome,
+            check=self._check,
+            on_open=self._on_open,
+            on_message=self._on_message,
+            on_lost=self._on_lost,
+        )
+        return Starlette(
+            routes=[
+                Route("/health", self._health),
+                Route("/ready", self._ready),
+                Route("/metrics", self._metrics),
+                WebSocketRoute("/channel", listener.accept),
+                *self._routes,
+            ]
+        )
+
+    async def _health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok", "role": self.role, "pid": os.getpid()})
+
+    async def _ready(self, request: Request) -> Response:
+        registered = self.router is not None and self.router.is_open
+        reason = None if registered else f"not registered with router {self.network.router}"
+        body = {"ready": registered, "role": self.role, "reason": reason}
+        return JSONResponse(body, status_code=200 if registered else 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,319 @@
+"""The consumer's side of the transfer plane: claims refs and reads them into this process."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from triptych import wire
+from triptych.config import Timeouts
+from triptych.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    TransferFailed,
+    TriptychError,
+    WorkerLost,
+    rebuild,
+)
+from triptych.refs import AnyRef, EmbeddingRef
+from triptych.states import PULL, PullEvent, PullState, advance
+from triptych.transfer.channel import Channel, OnLost, OnMessage
+from triptych.transfer.mover import Mover
+from triptych.transfer.region import Region
+from triptych.transfer.transports.base import Link, Peer, Read, Transport, probe
+
+logger = logging.getLogger(__name__)
+
+Dialer = Callable[[str, OnMessage, OnLost], Awaitable[Channel]]
+"""Opens a channel to a base URL: ``handshake.dial`` with this process's part filled in."""
+Place = Callable[[int, Sequence[wire.Piece]], "Sequence[int] | Awaitable[Sequence[int]]"]
+"""(index of the first piece, pieces) -> offset in our region for each. May wait for memory."""
+Landed = Callable[[int, int, wire.Ready], None]
+"""(first, count, message): these pieces are here and were valid when they were read."""
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull moved."""
+
+    transport: str
+    nbytes: int
+    read_s: float
+    """Seconds of reading alone, without waiting for the producer."""
+
+
+@dataclass
+class _Pull:
+    """One claim, as the producer's messages move it. Sequential: one read at a time."""
+
+    claim: int
+    ref: AnyRef
+    state: PullState = PullState.CLAIMED
+    ready: deque[wire.Ready] = field(default_factory=deque)
+    """Not read yet."""
+    valid: deque[wire.Valid] = field(default_factory=deque)
+    error: TriptychError | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    count: int = 0
+    """Pieces landed."""
+    nbytes: int = 0
+    read_s: float = 0.0
+
+    def take(self, message: wire.ChannelMessage) -> None:
+        match message:
+            case wire.Ready():
+                self.ready.append(message)
+            case wire.Valid():
+                self.valid.append(message)
+            case wire.Denied():
+                item = None if message.item < 0 else message.item
+                self.error = rebuild(message.error, message.reason, item=item)
+            case wire.Expired():
+                self.error = TransferFailed("the lease expired")
+        self.changed.set()
+
+    def step(self, event: PullEvent) -> None:
+        self.state = advance(PULL, self.state, event)
+
+    async def until(self, condition: Callable[[], bool], deadline: float, what: str) -> None:
+        """Raises the pull's error, or DeadlineExceeded naming what was waited for."""
+        while self.error is None and not condition():
+            self.changed.clear()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self.changed.wait()
+            except TimeoutError:
+                raise DeadlineExceeded(f"waiting for {what} of slot {self.ref.slot}") from None
+        if self.error is not None:
+            raise self.error
+
+
+@dataclass
+class _Producer:
+    """A producer this process reads from."""
+
+    url: str
+    channel: Channel
+    kind: str
+    link: Link
+    pulls: dict[int, _Pull] = field(default_factory=dict)
+
+
+class Consumer:
+    """Pulls refs. Used from the event loop's thread; owns the transfer thread and one channel per
+    producer, dialled when its first ref comes.
+
+    ``transports``: those that may be used, by kind (``transports.open_transports``).
+    """
+
+    def __init__(
+        self, dialer: Dialer, region: Region, transports: Mapping[str, Transport],
+        timeouts: Timeouts,
+    ) -> None:  # fmt: skip
+        if timeouts.lease <= timeouts.transfer:
+            raise ConfigError(
+                f"the lease ({timeouts.lease:g} s) must outlive a transfer "
+                f"({timeouts.transfer:g} s)"
+            )
+        self._dialer = dialer
+        self._region = region
+        self._transports = transports
+        self._timeouts = timeouts
+        self._mover = Mover()
+        self._producers: dict[str, asyncio.Task[_Producer]] = {}
+        self._by_session: dict[str, _Producer] = {}
+        self._claims = itertools.count(1)
+
+    async def pull(
+        self, ref: AnyRef, request_id: str, place: Place, landed: Landed, timeout_s: float
+    ) -> Pulled:
+        """Claim ``ref`` and read it, piece by piece as the producer makes them ready.
+
+        Raises the error that the producer named (Cancelled, BadMedia, ...), TransferFailed (its
+        ``quarantine_s`` holds for every destination that ``place`` gave and ``landed`` did not
+        confirm), WorkerLost, PeerRefused, or DeadlineExceeded after ``timeout_s``. When the
+        caller is cancelled the lease is released; CancelledError comes once no destination can
+        be written to any more.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        producer = await self._producer(ref.owner, deadline)
+        pull = _Pull(next(self._claims), ref)
+        producer.pulls[pull.claim] = pull
+        producer.channel.send(wire.Claim(pull.claim, ref, request_id))
+        try:
+            while pull.state is not PullState.DONE:
+                await pull.until(lambda: bool(pull.ready), deadline, "pieces")
+                ready = pull.ready.popleft()
+                _check(ready, pull)
+                if ready.pieces:
+                    await self._land(producer, pull, ready, place, deadline)
+                landed(ready.first, len(ready.pieces), ready)
+                if ready.last:
+                    pull.step(PullEvent.LAST)
+        except TransferFailed as exc:
+            if exc.quarantine_s:
+                pull.step(PullEvent.UNSAFE)
+            raise
+        finally:
+            if pull.state not in (PullState.DONE, PullState.QUARANTINED):
+                pull.step(PullEvent.FAIL)
+            del producer.pulls[pull.claim]
+            producer.channel.send(wire.Release(pull.claim))
+        return Pulled(producer.kind, pull.nbytes, pull.read_s)
+
+    async def close(self) -> None:
+        """End all channels; pulls in progress raise WorkerLost."""
+        tasks, self._producers = list(self._producers.values()), {}
+        for task in tasks:
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, _Producer):
+                await result.channel.close()
+        self._mover.close()
+
+    # ------------------------------------------------------------------ one pull
+
+    async def _land(
+        self, producer: _Producer, pull: _Pull, ready: wire.Ready, place: Place, deadline: float
+    ) -> None:
+        """Read the pieces of one message and have the read validated."""
+        offsets = place(ready.first, ready.pieces)
+        if inspect.isawaitable(offsets):
+            offsets = await offsets
+        reads = [
+            Read(piece.offset, offset, piece.nbytes)
+            for piece, offset in zip(ready.pieces, offsets, strict=True)
+        ]
+        loop = asyncio.get_running_loop()
+        timeout_s = min(self._timeouts.transfer, deadline - loop.time())
+        pull.step(PullEvent.READY)
+        pull.read_s += await self._mover.run(partial(_read, producer.link, reads), timeout_s)
+        pull.step(PullEvent.READ)
+        count = len(ready.pieces)
+        producer.channel.send(wire.Validate(pull.claim, ready.first, count))
+        answer_by = min(deadline, loop.time() + self._timeouts.rpc)
+        await pull.until(lambda: bool(pull.valid), answer_by, "validation")
+        answer = pull.valid.popleft()
+        if answer != wire.Valid(pull.claim, ready.first, count):
+            raise TransferFailed(f"asked about pieces {ready.first}+{count}, got {answer}")
+        pull.step(PullEvent.VALID)
+        pull.count += count
+        pull.nbytes += sum(piece.nbytes for piece in ready.pieces)
+
+    # ------------------------------------------------------------------ producers
+
+    async def _producer(self, url: str, deadline: float) -> _Producer:
+        """The producer behind a ref's URL; the first to ask dials, the others wait for it."""
+        task = self._producers.get(url)
+        if task is None:
+            task = self._producers[url] = asyncio.create_task(self._open(url))
+            task.add_done_callback(partial(self._opened, url))
+        await asyncio.wait({task}, timeout=deadline - asyncio.get_running_loop().time())
+        if not task.done():
+            raise DeadlineExceeded(f"opening a channel to {url}")
+        if task.cancelled():
+            raise WorkerLost(f"{url}: closing")
+        return task.result()
+
+    def _opened(self, url: str, task: asyncio.Task[_Producer]) -> None:
+        """A failed attempt is forgotten, so that the next ref tries again."""
+        if (task.cancelled() or task.exception() is not None) and self._producers.get(url) is task:
+            del self._producers[url]
+
+    async def _open(self, url: str) -> _Producer:
+        channel = await self._dialer(url, self._on_message, self._on_lost)
+        linked = False
+        try:
+            kind, link = await self._link(url, channel)
+            linked = channel.is_open
+        finally:
+            if not linked:
+                await channel.close()
+        if not linked:
+            raise WorkerLost(f"{url}: lost while its memory was being probed")
+        producer = self._by_session[channel.session] = _Producer(url, channel, kind, link)
+        return producer
+
+    async def _link(self, url: str, channel: Channel) -> tuple[str, Link]:
+        """The first of our transports that the peer offers and whose probe succeeds."""
+        assert isinstance(channel.peer, wire.Welcome)
+        offers = {offer.kind: offer for offer in channel.peer.offers}
+        peer = Peer(url, channel.session, channel.token)
+        reasons = []
+        for kind, transport in self._transports.items():
+            if kind not in offers:
+                reasons.append(f"{kind}: not offered")
+                continue
+            job = partial(self._connect, transport, offers[kind], peer, channel.peer.process)
+            try:
+                link = await self._mover.run(job, self._timeouts.transfer)
+            except TransferFailed as exc:
+                reasons.append(f"{kind}: {exc.message}")
+                continue
+            others = f" ({'; '.join(reasons)})" if reasons else ""
+            logger.info("reading from %s at %s by %s%s", channel.peer.role, url, kind, others)
+            return kind, link
+        raise TransferFailed(f"no transport to {url}: {'; '.join(reasons)}")
+
+    def _connect(
+        self, transport: Transport, offer: wire.TransportOffer, peer: Peer, nonce: str, left: float
+    ) -> Link:
+        """On the transfer thread."""
+        link = transport.connect(offer, peer, self._timeouts)
+        try:
+            probe(link, self._region, nonce, left)
+        except TransferFailed:
+            link.close()
+            raise
+        return link
+
+    # ------------------------------------------------------------------ channels
+
+    def _on_message(self, channel: Channel, message: wire.ChannelMessage) -> None:
+        producer = self._by_session.get(channel.session)
+        if producer is None:
+            return
+        match message:
+            case wire.Ready() | wire.Valid() | wire.Denied() | wire.Expired():
+                # One that has ended here may still be spoken of.
+                if (pull := producer.pulls.get(message.claim)) is not None:
+                    pull.take(message)
+
+    def _on_lost(self, channel: Channel, reason: str) -> None:
+        producer = self._by_session.pop(channel.session, None)
+        if producer is None:
+            return
+        task = self._producers.get(producer.url)
+        if task is not None and task.done() and task.result() is producer:
+            del self._producers[producer.url]
+        for pull in producer.pulls.values():
+            pull.error = WorkerLost(f"{producer.url}: {reason}")
+            pull.changed.set()
+        self._mover.post(producer.link.close)
+
+
+def _read(link: Link, reads: Sequence[Read], left: float) -> float:
+    """Seconds it took. On the transfer thread."""
+    start = time.perf_counter()
+    link.read(reads, left)
+    return time.perf_counter() - start
+
+
+def _check(ready: wire.Ready, pull: _Pull) -> None:
+    """Raises TransferFailed unless the message continues the ref's content."""
+    ref = pull.ref
+    size = ref.nbytes if isinstance(ref, EmbeddingRef) else ref.block_nbytes
+    nbytes = pull.nbytes + sum(piece.nbytes for piece in ready.pieces)
+    fits = nbytes == ref.nbytes if ready.last else nbytes <= ref.nbytes
+    if ready.first != pull.count or not fits or any(p.nbytes != size for p in ready.pieces):
+        raise TransferFailed(
+            f"pieces {ready.first}+{len(ready.pieces)} (last: {ready.last}) do not continue "
+            f"slot {ref.slot} after {pull.nbytes} of {ref.nbytes} bytes"
+        )

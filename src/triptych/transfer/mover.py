@@ -1,0 +1,85 @@
+"""The transfer thread: bytes move here, one job at a time, and the event loop never waits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from triptych.errors import TransferFailed
+
+T = TypeVar("T")
+
+STUCK_QUARANTINE_S = 60.0
+"""After a job that did not come back in time: how long its destination is not to be touched."""
+
+
+class Mover:
+    """One thread and its queue."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="transfer")
+
+    async def run(self, job: Callable[[float], T], timeout_s: float, grace_s: float = 1.0) -> T:
+        """Result of ``job(seconds left)``, which must itself end within the seconds left.
+
+        Cancelled while queued, the job never runs. Cancelled while it runs, CancelledError is
+        raised only once it has ended and its memory is safe, so whoever cancels may reuse the
+        destination. Raises what the job raises, or TransferFailed when it has not come back
+        ``grace_s`` after its time.
+        """
+        deadline = time.monotonic() + timeout_s
+        queued = self._thread.submit(lambda: job(max(0.0, deadline - time.monotonic())))
+        waiting = asyncio.wrap_future(queued)
+        try:
+            done, _ = await asyncio.wait({waiting}, timeout=timeout_s + grace_s)
+        except asyncio.CancelledError:
+            await self._drain(queued, waiting, timeout_s + grace_s)
+            raise
+        if done:
+            return waiting.result()
+        if queued.cancel():
+            raise TransferFailed(f"the transfer thread was busy for {timeout_s:g} s")
+        waiting.add_done_callback(_retrieve)
+        raise TransferFailed(
+            f"a read did not come back within {timeout_s + grace_s:g} s",
+            quarantine_s=STUCK_QUARANTINE_S,
+        )
+
+    def post(self, job: Callable[[], None]) -> None:
+        """Run a job after those queued; nobody waits for it. It must not raise."""
+        self._thread.submit(job)
+
+    def close(self) -> None:
+        """Take no more jobs; the thread ends after those queued."""
+        self._thread.shutdown(wait=False)
+
+    async def _drain(self, queued: Future[T], waiting: asyncio.Future[T], timeout_s: float) -> None:
+        """Wait until the job cannot write any more."""
+        if queued.cancel():
+            return
+        await _undisturbed(waiting, timeout_s)
+        if not waiting.done():
+            waiting.add_done_callback(_retrieve)
+            await _undisturbed(waiting, STUCK_QUARANTINE_S)
+        elif isinstance(failure := waiting.exception(), TransferFailed):
+            await _undisturbed(asyncio.Future(), failure.quarantine_s)
+
+
+async def _undisturbed(future: asyncio.Future[T], timeout_s: float) -> None:
+    """Wait for the future or the time, whatever is cancelled meanwhile: the caller is already
+    being cancelled and will say so."""
+    end = time.monotonic() + timeout_s
+    while not future.done() and (left := end - time.monotonic()) > 0:
+        try:
+            await asyncio.wait({future}, timeout=left)
+        except asyncio.CancelledError:
+            continue
+
+
+def _retrieve(future: asyncio.Future[T]) -> None:
+    """Nobody waits for this result any more."""
+    if not future.cancelled():
+        future.exception()

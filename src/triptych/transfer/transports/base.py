@@ -1,0 +1,97 @@
+"""What a transport is: a way for a consumer to read a producer's region into its own.
+
+Control and data are apart: claims, readiness and leases travel on channels; a transport only
+moves bytes, one-sided, and knows nothing of slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from triptych.config import Timeouts
+from triptych.errors import TransferFailed
+from triptych.transfer.region import PAGE, SCRATCH, Region, probe_page
+from triptych.wire import TransportOffer
+
+
+class TransportUnavailable(TransferFailed):
+    """This transport cannot reach that peer."""
+
+
+class Read(NamedTuple):
+    """Bytes ``remote .. remote + nbytes`` of the peer's region, to ``local`` of ours."""
+
+    remote: int
+    local: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A producer, as its channel knows it."""
+
+    url: str
+    session: str
+    token: str
+
+
+class Link(Protocol):
+    """Reads one producer's region. Used on the transfer thread only."""
+
+    def read(self, pieces: Sequence[Read], timeout_s: float) -> None:
+        """All bytes of all pieces are here when this returns. Blocks for at most ``timeout_s``.
+
+        Raises TransferFailed; its ``quarantine_s`` says how long the destination may still be
+        written to. A piece outside either region is refused before any byte moves.
+        """
+
+    def close(self) -> None:
+        """Idempotent."""
+
+
+class Transport(Protocol):
+    """One per process and kind, for both sides: this process's region is read by its peers
+    through ``offer`` and is the destination of what is read through ``connect``."""
+
+    @property
+    def kind(self) -> str: ...
+
+    def offer(self) -> TransportOffer:
+        """How peers can read this process's region. Raises TransportUnavailable."""
+
+    def connect(self, offer: TransportOffer, peer: Peer, timeouts: Timeouts) -> Link:
+        """Blocks (transfer thread). Raises TransportUnavailable."""
+
+    def close(self) -> None:
+        """Stop offering. Idempotent."""
+
+
+@cache
+def host_id() -> str:
+    """Boot id of this host: equal means the same machine."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def check_bounds(pieces: Sequence[Read], remote_nbytes: int, region: Region) -> None:
+    """Raises TransferFailed unless every piece lies inside both regions."""
+    for piece in pieces:
+        if piece.remote < 0 or piece.nbytes < 0 or piece.remote + piece.nbytes > remote_nbytes:
+            raise TransferFailed(f"{piece} is outside the peer's {remote_nbytes} bytes")
+        try:
+            region.check(piece.local, piece.nbytes)
+        except ValueError as exc:
+            raise TransferFailed(str(exc)) from exc
+
+
+def probe(link: Link, region: Region, nonce: str, timeout_s: float) -> None:
+    """Read the peer's probe page and see whether it is the process we talk to.
+
+    Raises TransferFailed. Uses the region's scratch page: transfer thread only.
+    """
+    link.read([Read(0, SCRATCH, PAGE)], timeout_s)
+    if region.view(SCRATCH, PAGE) != probe_page(nonce):
+        raise TransferFailed("the memory behind the offer is not that of the peer")

@@ -1,0 +1,185 @@
+"""Bytes in an authenticated HTTP response: works wherever the channel works.
+
+Producer: the route ``GET /transfer?pieces=OFFSET-NBYTES,...`` of its server serves only the probe
+page and whole pieces that are ready and claimed by the session that asks. Consumer: reads the
+body straight into its region, on the transfer thread.
+"""
+
+from __future__ import annotations
+
+import http.client
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from triptych import wire
+from triptych.config import Timeouts
+from triptych.errors import PeerRefused, TransferFailed
+from triptych.transfer.channel import Sessions
+from triptych.transfer.region import PAGE, Region
+from triptych.transfer.transports.base import (
+    Peer,
+    Read,
+    TransportUnavailable,
+    check_bounds,
+    host_id,
+)
+
+_PATH = "/transfer"
+_BATCH = 256
+"""Pieces of one HTTP request: keeps the request line short."""
+_CHUNK = 1 << 20
+_PROBE = (0, PAGE)
+
+MayRead = Callable[[str, Iterable[tuple[int, int]]], bool]
+"""(session id, (offset, nbytes) of each piece): ``Producer.may_read``."""
+
+
+def transfer_route(region: Region, sessions: Sessions, may_read: MayRead) -> Route:
+    """What the producer's server must route for this transport."""
+
+    async def transfer(request: Request) -> Response:
+        try:
+            session = sessions.authorize(request.headers).session
+        except PeerRefused as exc:
+            return PlainTextResponse(exc.message, 401)
+        try:
+            pieces = _parse(request.query_params.get("pieces", ""))
+        except ValueError:
+            return PlainTextResponse("pieces=OFFSET-NBYTES,...", 400)
+        if not may_read(session, [piece for piece in pieces if piece != _PROBE]):
+            return PlainTextResponse("a piece is not ready or not claimed", 403)
+        body = _stream(region, session, pieces, may_read)
+        nbytes = sum(nbytes for _, nbytes in pieces)
+        headers = {"content-length": str(nbytes)}
+        return StreamingResponse(body, headers=headers, media_type="application/octet-stream")
+
+    return Route(_PATH, transfer, methods=["GET"])
+
+
+async def _stream(
+    region: Region, session: str, pieces: Sequence[tuple[int, int]], may_read: MayRead
+) -> AsyncIterator[bytes]:
+    for offset, nbytes in pieces:
+        for start in range(0, nbytes, _CHUNK):
+            step = min(_CHUNK, nbytes - start)
+            if (offset, nbytes) == _PROBE or may_read(session, [(offset, nbytes)]):
+                yield bytes(region.view(offset + start, step))
+            else:
+                # The lease ended on the way, so the memory may be someone else's by now. The
+                # consumer's validation will refuse what it read.
+                yield bytes(step)
+
+
+def _parse(text: str) -> list[tuple[int, int]]:
+    """Raises ValueError."""
+    pieces = []
+    for part in text.split(","):
+        offset, _, nbytes = part.partition("-")
+        if not (offset.isascii() and offset.isdigit() and nbytes.isascii() and nbytes.isdigit()):
+            raise ValueError(part)
+        pieces.append((int(offset), int(nbytes)))
+    if len(pieces) > _BATCH:
+        raise ValueError("too many pieces")
+    return pieces
+
+
+class HttpTransport:
+    """``url``: base URL of this process's server, which has ``transfer_route``."""
+
+    kind = "http"
+
+    def __init__(self, region: Region, url: str) -> None:
+        self._region = region
+        self._url = url
+
+    def offer(self) -> wire.TransportOffer:
+        return wire.TransportOffer(self.kind, host_id(), self._url, nbytes=self._region.nbytes)
+
+    def connect(self, offer: wire.TransportOffer, peer: Peer, timeouts: Timeouts) -> HttpLink:
+        # The address that the channel was dialled at, not one that the peer names.
+        if urlsplit(peer.url).scheme not in ("http", "https"):
+            raise TransportUnavailable(f"not an HTTP address: {peer.url!r}")
+        return HttpLink(peer, offer.nbytes, self._region, timeouts.connect)
+
+    def close(self) -> None:
+        pass
+
+
+class HttpLink:
+    """One connection, kept between reads."""
+
+    def __init__(self, peer: Peer, nbytes: int, region: Region, connect_s: float) -> None:
+        parts = urlsplit(peer.url)
+        assert parts.hostname is not None
+        kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
+        if parts.scheme == "https":
+            kind = http.client.HTTPSConnection
+        self._connection = kind(parts.hostname, parts.port, timeout=connect_s)
+        self._connect_s = connect_s
+        self._path = f"{parts.path.rstrip('/')}{_PATH}"
+        self._headers = {wire.SESSION_HEADER: peer.session, wire.TOKEN_HEADER: peer.token}
+        self._nbytes = nbytes
+        self._region = region
+
+    def read(self, pieces: Sequence[Read], timeout_s: float) -> None:
+        check_bounds(pieces, self._nbytes, self._region)
+        deadline = time.monotonic() + timeout_s
+        try:
+            for start in range(0, len(pieces), _BATCH):
+                self._fetch(pieces[start : start + _BATCH], deadline)
+        except (OSError, http.client.HTTPException) as exc:
+            self._connection.close()
+            raise TransferFailed(f"GET {self._path}: {exc or type(exc).__name__}") from exc
+        except TransferFailed:
+            self._connection.close()
+            raise
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _fetch(self, pieces: Sequence[Read], deadline: float) -> None:
+        response = self._ask(pieces, deadline)
+        if response.status != 200:
+            reason = response.read(200).decode(errors="replace")
+            raise TransferFailed(f"GET {self._path}: {response.status} {reason}")
+        nbytes = sum(piece.nbytes for piece in pieces)
+        if response.length != nbytes:
+            raise TransferFailed(f"GET {self._path}: {response.length} bytes, not {nbytes}")
+        for piece in pieces:
+            view = self._region.view(piece.local, piece.nbytes)
+            while view:
+                self._limit(deadline)
+                count = response.readinto(view[:_CHUNK])
+                if count == 0:
+                    raise TransferFailed(f"GET {self._path}: ended early")
+                view = view[count:]
+        response.read()  # of nothing: tells http.client that the connection is free again
+
+    def _ask(self, pieces: Sequence[Read], deadline: float) -> http.client.HTTPResponse:
+        """Send the request; once more on a new connection when the kept one had been closed."""
+        query = ",".join(f"{piece.remote}-{piece.nbytes}" for piece in pieces)
+        for kept in (self._connection.sock is not None, False):
+            try:
+                if self._connection.sock is None:
+                    self._connection.timeout = min(self._connect_s, deadline - time.monotonic())
+                    self._connection.connect()
+                self._limit(deadline)
+                self._connection.request("GET", f"{self._path}?pieces={query}", None, self._headers)
+                return self._connection.getresponse()
+            except (http.client.RemoteDisconnected, ConnectionError):
+                self._connection.close()
+                if not kept:
+                    raise
+        raise AssertionError("the second attempt returns or raises")
+
+    def _limit(self, deadline: float) -> None:
+        """The next wait of the connection ends at the deadline. Raises TimeoutError after it."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("out of time")
+        self._connection.sock.settimeout(left)

@@ -1,0 +1,164 @@
+"""Same host, host memory: the producer's memfd is mapped by the consumer, reading is a memcpy.
+
+The descriptor is passed once, over a Unix socket in a folder that only this user can enter; each
+side checks that the other runs as the same user. The memfd is sealed (see ``region``), so a
+consumer can neither write to the mapping nor lose it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import logging
+import mmap
+import os
+import shutil
+import socket
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from triptych.config import Timeouts
+from triptych.errors import TransferFailed
+from triptych.transfer.region import Region
+from triptych.transfer.transports.base import (
+    Peer,
+    Read,
+    TransportUnavailable,
+    check_bounds,
+    host_id,
+)
+from triptych.wire import TransportOffer
+
+logger = logging.getLogger(__name__)
+
+_HEADER = b"triptych-shm"
+_CREDENTIALS = struct.Struct("3i")
+"""pid, uid, gid (struct ucred)."""
+_SEND_S = 1.0
+"""A peer on the same host takes the descriptor at once or not at all."""
+_STEP = 64 << 20
+"""Bytes copied between two looks at the clock."""
+
+
+class ShmTransport:
+    kind = "shm"
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+        self._server: _Server | None = None
+
+    def offer(self) -> TransportOffer:
+        if self._server is None:
+            self._server = _Server(self._region)
+        path = str(self._server.path)
+        return TransportOffer(self.kind, host_id(), path, nbytes=self._region.nbytes)
+
+    def connect(self, offer: TransportOffer, peer: Peer, timeouts: Timeouts) -> ShmLink:
+        if offer.host != host_id():
+            raise TransportUnavailable("the peer is on another host")
+        try:
+            return ShmLink(_fetch(offer, timeouts.connect), offer.nbytes, self._region)
+        except (OSError, ValueError) as exc:
+            raise TransportUnavailable(f"{offer.address}: {exc}") from exc
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+
+class ShmLink:
+    """``fd``: the producer's memfd, taken over (closed here)."""
+
+    def __init__(self, fd: int, nbytes: int, region: Region) -> None:
+        try:
+            self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        finally:
+            os.close(fd)
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self._region = region
+
+    def read(self, pieces: Sequence[Read], timeout_s: float) -> None:
+        check_bounds(pieces, len(self._bytes), self._region)
+        deadline = time.monotonic() + timeout_s
+        source, target = self._bytes.ctypes.data, self._region.address
+        for remote, local, nbytes in pieces:
+            for start in range(0, nbytes, _STEP):
+                if time.monotonic() > deadline:
+                    raise TransferFailed(f"not copied within {timeout_s:g} s")
+                step = min(_STEP, nbytes - start)
+                ctypes.memmove(target + local + start, source + remote + start, step)
+
+    def close(self) -> None:
+        """The mapping goes with its last user."""
+
+
+class _Server:
+    """Hands the region's descriptor to every process of this user that asks; own thread."""
+
+    def __init__(self, region: Region) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="triptych-"))  # mode 0700
+        self.path = self._folder / "region"
+        self._fd = os.dup(region.fd)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(self.path))
+        self._listener.listen(64)
+        self._thread = threading.Thread(target=self._serve, name="shm-offer", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                peer, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            with peer:
+                try:
+                    _check_user(peer)
+                    peer.settimeout(_SEND_S)
+                    socket.send_fds(peer, [_HEADER], [self._fd])
+                except OSError as exc:
+                    logger.warning("a peer did not get the region: %s", exc)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
+        self._thread.join(_SEND_S + 1.0)
+        self._listener.close()
+        os.close(self._fd)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _fetch(offer: TransportOffer, timeout_s: float) -> int:
+    """The peer's memfd. Raises OSError, or ValueError when it is not what was offered."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(timeout_s)
+        client.connect(offer.address)
+        _check_user(client)
+        header, fds, _, _ = socket.recv_fds(client, len(_HEADER), 1, socket.MSG_CMSG_CLOEXEC)
+    try:
+        if header != _HEADER or len(fds) != 1:
+            raise ValueError("no region at this address")
+        size = os.fstat(fds[0]).st_size
+        seals = fcntl.fcntl(fds[0], fcntl.F_GET_SEALS)
+        if size != offer.nbytes or not seals & fcntl.F_SEAL_SHRINK:
+            raise ValueError(f"not the region offered: {size} bytes, seals {seals:#x}")
+        return fds.pop()
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _check_user(peer: socket.socket) -> None:
+    """Raises PermissionError unless the other end runs as this user."""
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(credentials)
+    if uid != os.getuid():
+        raise PermissionError(f"the peer runs as user {uid}, this process as {os.getuid()}")

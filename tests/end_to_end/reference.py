@@ -1,0 +1,78 @@
+"""The slow, obvious version: Transformers' own ``generate`` on the whole model, one request."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from triptych.config import ModelConfig
+from triptych.media.processor import Processor
+
+SIZES = [(200, 160), (120, 240), (90, 90), (300, 140)]
+"""Pixels of the test pictures, width and height: unequal, so that mix-ups show."""
+
+
+def picture(seed: int) -> Image.Image:
+    """A picture of coloured patches; the same for the same seed."""
+    width, height = SIZES[seed % len(SIZES)]
+    pixels = np.random.default_rng(seed).integers(0, 255, (height // 10, width // 10, 3))
+    return Image.fromarray(pixels.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
+
+
+def data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def question(seeds: list[int], text: str = "Tell me about the pictures.") -> list[dict[str, Any]]:
+    """One user message in OpenAI's form: the pictures of these seeds, then a text."""
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": data_uri(picture(seed))}} for seed in seeds
+    ]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+@dataclass(frozen=True)
+class Expected:
+    ids: list[int]
+    text: str
+    logprobs: torch.Tensor
+    """(tokens, vocabulary) float32."""
+
+
+class Reference:
+    def __init__(self, folder: Path) -> None:
+        self.processor = Processor(ModelConfig(str(folder)))
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def answer(self, seeds: list[int], text: str, max_tokens: int) -> Expected:
+        """Greedy answer to ``question(seeds, text)``."""
+        parts: list[dict[str, Any]] = [{"type": "image", "image": picture(s)} for s in seeds]
+        inputs = self.processor.hf.apply_chat_template(
+            [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+        )
+        out = self.model.generate(
+            **inputs,
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        logprobs = torch.stack(out.logits)[:, 0].float().log_softmax(-1)
+        text = self.processor.hf.tokenizer.decode(ids, skip_special_tokens=True)
+        return Expected(ids, text, logprobs)

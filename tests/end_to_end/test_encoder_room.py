@@ -1,0 +1,196 @@
+"""The encoder's service: cancelling, and room in its pool."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.encoder_bench import (
+    ROUTER,
+    WAIT_S,
+    bench,
+    picture,
+    png,
+    request,
+    until,
+)
+from triptych.config import Timeouts
+from triptych.demo.tiny import make_tiny_model
+from triptych.errors import Cancelled, Overloaded, PromptTooLong
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("qwen3_vl"), "qwen3_vl")
+
+
+# ------------------------------------------------------------------ cancelling
+
+
+async def test_cancel_drops_what_waits_and_frees_what_runs(folder: Path) -> None:
+    files = [png(picture(seed)) for seed in range(6)]
+    async with bench(folder, media_threads=1) as subject:
+        subject.gate.open.clear()
+        await subject.encode(request("r0", files[:1]))
+        await until(subject.gate.entered.is_set)
+        await subject.encode(request("r1", files[1:]))
+        free = subject.service.pool.free_nbytes
+        subject.service.cancel("r1")
+        assert subject.service.pool.free_nbytes > free
+        subject.service.cancel("r0")
+        assert len(subject.service._embeddings) == 1  # its forward may still write there
+        subject.gate.open.set()
+        await until(lambda: not subject.service._embeddings)
+        assert subject.gate.batches == [1]
+        assert subject.service.pool.free_nbytes == subject.service.pool.nbytes
+        assert subject.spans == {} and subject.reports == []
+
+
+async def test_cancel_of_one_leaves_the_work_to_the_others(folder: Path) -> None:
+    file = png(picture(1))
+    async with bench(folder) as subject:
+        subject.gate.open.clear()
+        await subject.encode(request("r0", [file]))
+        (shared,) = await subject.encode(request("r1", [file]))
+        subject.service.cancel("r0")
+        subject.service.cancel("r0")
+        assert shared.ref is not None
+        claim = subject.consumer.claim(shared.ref, "r1")
+        subject.gate.open.set()
+        await subject.consumer.read(claim)
+        assert set(subject.spans) == {"r1"}
+
+
+async def test_a_forward_that_was_cancelled_may_be_wanted_again(folder: Path) -> None:
+    file = png(picture(1))
+    async with bench(folder) as subject:
+        subject.gate.open.clear()
+        await subject.encode(request("r0", [file]))
+        await until(subject.gate.entered.is_set)
+        subject.service.cancel("r0")
+        (again,) = await subject.encode(request("r1", [file]))
+        subject.gate.open.set()
+        assert again.ref is not None
+        await subject.consumer.read(subject.consumer.claim(again.ref, "r1"))
+        assert subject.gate.batches == [1]
+
+
+async def test_a_cancel_may_overtake_its_request(folder: Path) -> None:
+    async with bench(folder) as subject:
+        subject.service.cancel("r0")
+        with pytest.raises(Cancelled):
+            await subject.encode(request("r0", [png(picture(1))]))
+
+
+async def test_a_lost_router_frees_what_it_asked_for(folder: Path) -> None:
+    async with bench(folder) as subject:
+        subject.gate.open.clear()
+        await subject.encode(request("r0", [png(picture(seed)) for seed in range(3)]))
+        subject.service.producer.session_lost(ROUTER)
+        subject.gate.open.set()
+        await until(lambda: not subject.service._embeddings)
+
+
+# ------------------------------------------------------------------ room
+
+
+def large(seed: int) -> bytes:
+    """196 rows of 4 planes of 64 float32: 196 KiB, so five of them fill the pool of 1 MiB."""
+    return png(picture(seed, 448, 448))
+
+
+async def test_the_pool_is_the_cache_and_evicts_the_oldest(folder: Path) -> None:
+    async with bench(folder) as subject:
+        for seed in range(8):
+            await subject.embeddings(f"r{seed}", [large(seed)])
+        cached = [
+            not (await subject.encode(request(f"s{seed}", [large(seed)], data=False)))[0].miss
+            for seed in range(8)
+        ]
+        assert cached == [False] * 3 + [True] * 5
+        for seed in range(8):
+            subject.service.cancel(f"s{seed}")
+
+
+async def test_a_full_pool_makes_requests_wait_in_order(folder: Path) -> None:
+    async with bench(folder) as subject:
+        refs = await subject.encode(request("r0", [large(seed) for seed in range(5)]))
+        order: list[str] = []
+
+        async def ask(name: str, seeds: range) -> None:
+            await subject.encode(request(name, [large(seed) for seed in seeds]))
+            order.append(name)
+            subject.service.cancel(name)
+
+        waiting = [
+            asyncio.create_task(ask("r1", range(10, 14))),
+            asyncio.create_task(ask("r2", range(20, 22))),
+        ]
+        await asyncio.sleep(0.05)
+        assert order == []
+        for item in refs:
+            assert item.ref is not None
+            await subject.consumer.read(subject.consumer.claim(item.ref, "r0"))
+        await asyncio.gather(*waiting)
+        assert order == ["r1", "r2"]
+
+
+async def test_requests_that_need_half_the_pool_each_do_not_lock_up(folder: Path) -> None:
+    async with bench(folder) as subject:
+
+        async def ask(name: str, seeds: range) -> None:
+            await subject.embeddings(name, [large(seed) for seed in seeds])
+
+        await asyncio.wait_for(
+            asyncio.gather(*(ask(f"r{n}", range(10 * n, 10 * n + 3)) for n in range(6))), WAIT_S
+        )
+
+
+async def test_no_room_in_time_is_overloaded_and_holds_nothing(folder: Path) -> None:
+    async with bench(folder, timeouts=Timeouts(pool=0.1)) as subject:
+        await subject.encode(request("r0", [large(seed) for seed in range(4)]))
+        small = png(picture(1))
+        with pytest.raises(Overloaded, match=r"within 0.1 s"):
+            await subject.encode(request("r1", [small, large(10), large(11)]))
+        assert len(subject.service._embeddings) == 4
+        (answer,) = await subject.encode(request("r2", [large(12)]))
+        assert answer.ref is not None
+        for name in ("r0", "r2"):
+            subject.service.cancel(name)
+
+
+async def test_cancel_ends_the_wait_for_room(folder: Path) -> None:
+    async with bench(folder) as subject:
+        await subject.encode(request("r0", [large(seed) for seed in range(5)]))
+        waiting = asyncio.create_task(subject.encode(request("r1", [large(10), large(11)])))
+        await asyncio.sleep(0.02)
+        subject.service.cancel("r1")
+        with pytest.raises(Cancelled):
+            await waiting
+        disconnected = asyncio.create_task(subject.encode(request("r2", [large(10)])))
+        await asyncio.sleep(0.02)
+        disconnected.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await disconnected
+        subject.service.cancel("r0")
+
+
+async def test_what_never_fits_is_refused_at_once(folder: Path) -> None:
+    async with bench(folder) as subject:
+        with pytest.raises(PromptTooLong, match="the pool 1048576"):
+            await subject.encode(request("r1", [large(seed) for seed in range(6)]))
+        assert subject.service._embeddings == {}
+
+
+async def test_a_long_queue_is_overloaded(folder: Path) -> None:
+    async with bench(folder, queue_patches=100, media_threads=1) as subject:
+        subject.gate.open.clear()
+        await subject.encode(request("r0", [png(picture(0))]))
+        await until(subject.gate.entered.is_set)
+        await subject.encode(request("r1", [large(1)]))  # an empty queue takes anything
+        with pytest.raises(Overloaded, match="100 vision patches"):
+            await subject.encode(request("r2", [png(picture(2))]))
+        subject.service.cancel("r0")
+        subject.service.cancel("r1")

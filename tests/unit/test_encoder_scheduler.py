@@ -1,0 +1,150 @@
+"""Batching of images: budgets, order, ageing, cancelling."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triptych.encoder.scheduler import AGEING_S, AHEAD_BATCHES, EncodeScheduler
+from triptych.errors import Overloaded
+
+BUDGET = 100
+
+
+def scheduler(**changes: int) -> EncodeScheduler:
+    settings = {
+        "batch_patches": BUDGET,
+        "queue_patches": 1000,
+        "queue_nbytes": 1000,
+        "preparers": 2,
+    }
+    return EncodeScheduler(**{**settings, **changes})
+
+
+def prepare_all(subject: EncodeScheduler) -> list[int]:
+    order = []
+    while (number := subject.next_to_prepare()) is not None:
+        order.append(number)
+        subject.prepared(number)
+    return order
+
+
+def test_a_batch_is_filled_up_to_its_budget_shortest_first() -> None:
+    subject = scheduler()
+    for number, patches in enumerate([60, 10, 50, 30, 90]):
+        subject.add(number, patches, 1, now=0.0)
+    assert prepare_all(subject) == [1, 3, 2, 0, 4]
+    assert subject.next_batch() == [1, 3, 2]
+    assert subject.next_batch() == [0]
+    assert subject.next_batch() == [4]
+    assert subject.next_batch() == []
+
+
+def test_an_image_larger_than_the_budget_runs_alone() -> None:
+    subject = scheduler()
+    subject.add(1, 5 * BUDGET, 1, now=0.0)
+    subject.add(2, BUDGET, 1, now=0.0)
+    assert subject.next_to_prepare() == 2
+    subject.prepared(2)
+    assert subject.next_batch() == [2]
+    assert prepare_all(subject) == [1]
+    assert subject.next_batch() == [1]
+
+
+def test_long_work_is_not_passed_for_ever() -> None:
+    subject = scheduler()
+    subject.add(0, BUDGET, 1, now=0.0)
+    subject.add(1, 1, 1, now=AGEING_S * 0.9)
+    subject.add(2, 1, 1, now=AGEING_S * 1.1)
+    assert prepare_all(subject) == [1, 0, 2]
+
+
+def test_preparation_does_not_run_far_ahead_of_the_forward() -> None:
+    subject = scheduler(preparers=100)
+    for number in range(10):
+        subject.add(number, BUDGET, 1, now=0.0)
+    started = []
+    while (number := subject.next_to_prepare()) is not None:
+        started.append(number)
+    assert len(started) == AHEAD_BATCHES
+    for number in started:
+        subject.prepared(number)
+    assert subject.next_to_prepare() is None
+    assert subject.next_batch() == [started[0]]
+    assert subject.next_to_prepare() is not None
+    assert subject.next_to_prepare() is None
+
+
+def test_no_more_images_in_preparation_than_threads() -> None:
+    subject = scheduler(preparers=2)
+    for number in range(3):
+        subject.add(number, 1, 1, now=0.0)
+    assert [subject.next_to_prepare() for _ in range(3)] == [0, 1, None]
+    subject.done(0)  # its preparation failed
+    assert subject.next_to_prepare() == 2
+
+
+def test_cancel_forgets_all_but_what_runs() -> None:
+    subject = scheduler(preparers=1)
+    for number in range(4):
+        subject.add(number, BUDGET // 2, 1, now=0.0)
+    subject.next_to_prepare()
+    subject.prepared(0)
+    assert subject.next_batch() == [0]
+    subject.next_to_prepare()
+    subject.prepared(1)
+    subject.next_to_prepare()
+    assert [subject.cancel(number) for number in range(4)] == [False, True, True, True]
+    assert subject.cancel(1)
+    assert subject.next_to_prepare() is None
+    assert subject.next_batch() == []
+    subject.done(0)
+    assert subject.cancel(0)
+
+
+def test_the_queue_is_bounded_in_patches_and_bytes() -> None:
+    subject = scheduler(queue_patches=100, queue_nbytes=50, preparers=1)
+    subject.check_room(1000, 1000)  # an empty queue takes anything: the pool decides
+    subject.add(1, 90, 45, now=0.0)
+    subject.check_room(10, 5)
+    with pytest.raises(Overloaded, match="100 vision patches"):
+        subject.check_room(11, 0)
+    with pytest.raises(Overloaded, match="50 bytes"):
+        subject.check_room(0, 6)
+    prepare_all(subject)
+    subject.next_batch()
+    subject.check_room(100, 50)  # what runs does not wait
+
+
+def test_a_phase_cannot_be_skipped() -> None:
+    subject = scheduler()
+    subject.add(1, 1, 1, now=0.0)
+    with pytest.raises(AssertionError, match="work 1"):
+        subject.prepared(1)
+    assert subject.next_to_prepare() == 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 250), st.floats(0, 10)), max_size=40),
+    st.lists(st.integers(0, 39), max_size=10),
+)
+def test_everything_runs_once_within_budgets(
+    work: list[tuple[int, float]], cancelled: list[int]
+) -> None:
+    subject = scheduler()
+    patches = dict(enumerate(size for size, _ in work))
+    for number, (size, now) in enumerate(work):
+        subject.add(number, size, 1, now=now)
+    for number in cancelled:
+        assert subject.cancel(number)
+        patches.pop(number, None)
+    ran: list[int] = []
+    for _ in range(3 * len(work) + 1):
+        prepare_all(subject)
+        batch = subject.next_batch()
+        assert len(batch) <= 1 or sum(patches[number] for number in batch) <= BUDGET
+        for number in batch:
+            subject.done(number)
+        ran.extend(batch)
+    assert sorted(ran) == sorted(patches)

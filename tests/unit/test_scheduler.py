@@ -1,0 +1,230 @@
+"""The scheduler, alone: what a step computes, who waits, and that nobody waits forever."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triptych.engine.block_manager import BlockManager
+from triptych.engine.scheduler import Schedule, Scheduler
+from triptych.engine.sequence import (
+    Item,
+    ItemSpan,
+    Phase,
+    Reservation,
+    Sequence,
+    locate_items,
+)
+from triptych.errors import BadRequest, PromptTooLong
+from triptych.request import Sampling
+
+
+def prompt(
+    name: str, n: int, answer: int = 4, items: tuple[Item, ...] = (), keep_kv: bool = False
+) -> Sequence:
+    n_tokens = n if keep_kv else n + answer
+    return Sequence(name, n, n_tokens, Sampling(max_tokens=answer), 0.0, items, keep_kv)
+
+
+def scheduler(n_blocks: int = 100, chunk: int = 8, sequences: int = 4) -> Scheduler:
+    return Scheduler(BlockManager(n_blocks, 4), chunk, sequences)
+
+
+def run(step: Schedule, owner: Scheduler) -> None:
+    """What the engine does with a step, without the model: every token is 7."""
+    for work in step.work:
+        sequence = work.sequence
+        sequence.computed = work.stop
+        if not work.samples:
+            continue
+        finish = sequence.accept(7)
+        if sequence.keep_kv:
+            owner.keep(sequence)
+        elif finish:
+            sequence.become(Phase.ENDED)
+            owner.end(sequence.request_id)
+        elif sequence.phase is Phase.PREFILL:
+            sequence.become(Phase.DECODE)
+
+
+def shown(step: Schedule) -> list[tuple[str, int, int]]:
+    return [(work.sequence.request_id, work.start, work.stop) for work in step.work]
+
+
+def test_a_long_prompt_is_cut_into_chunks_and_shares_steps_with_decodes() -> None:
+    owner = scheduler()
+    owner.add(prompt("a", 3, answer=3))
+    owner.add(prompt("b", 12))
+    seen = []
+    for _ in range(3):
+        step = owner.schedule()
+        seen.append(shown(step))
+        run(step, owner)
+    assert seen == [
+        [("a", 0, 3), ("b", 0, 5)],
+        [("a", 3, 4), ("b", 5, 12)],
+        [("a", 4, 5), ("b", 12, 13)],
+    ]
+
+
+def test_complete_prompts_first_partial_ones_fill_the_rest() -> None:
+    owner = scheduler()
+    partial = prompt("a", 10, items=(Item(4, 6, 2),))
+    owner.add(partial)
+    owner.add(prompt("b", 5))
+    step = owner.schedule()
+    assert shown(step) == [("b", 0, 5), ("a", 0, 3)]
+    run(step, owner)
+    step = owner.schedule()
+    assert shown(step) == [("b", 5, 6), ("a", 3, 4)]
+    run(step, owner)
+    assert shown(owner.schedule()) == [("b", 6, 7)]
+    partial.items[0].landed = True
+    assert shown(owner.schedule()) == [("b", 6, 7), ("a", 4, 10)]
+
+
+def test_a_chunk_stops_before_the_first_row_that_has_not_landed() -> None:
+    owner = scheduler(chunk=100)
+    items = (Item(2, 4, 2), Item(6, 8, 2))
+    owner.add(prompt("a", 10, items=items))
+    items[1].landed = True
+    step = owner.schedule()
+    assert shown(step) == [("a", 0, 2)]
+    run(step, owner)
+    assert shown(owner.schedule()) == []
+    items[0].landed = True
+    assert shown(owner.schedule()) == [("a", 2, 10)]
+
+
+def test_nobody_overtakes_the_head_of_the_queue() -> None:
+    owner = scheduler(n_blocks=4)
+    owner.add(prompt("a", 6, answer=2))
+    owner.add(prompt("large", 12, answer=4))
+    owner.add(prompt("small", 1, answer=1))
+    assert shown(owner.schedule()) == [("a", 0, 6)]
+    owner.end("a")
+    assert [name for name, *_ in shown(owner.schedule())] == ["large"]
+
+
+def test_a_prompt_waits_for_a_running_place() -> None:
+    owner = scheduler(sequences=1)
+    owner.add(prompt("a", 2))
+    owner.add(prompt("b", 2))
+    assert shown(owner.schedule()) == [("a", 0, 2)]
+    owner.end("a")
+    assert shown(owner.schedule()) == [("b", 0, 2)]
+
+
+def test_decodes_never_take_the_whole_step() -> None:
+    owner = scheduler(chunk=2, sequences=100)
+    for name in "abc":
+        owner.add(prompt(name, 2, answer=3))
+    ended = 0
+    for _ in range(12):
+        step = owner.schedule()
+        assert sum(w.stop - w.start for w in step.work) <= 2
+        run(step, owner)
+        ended = 3 - len(owner.running) - len(owner.queue)
+    assert ended == 3
+
+
+def test_kept_blocks_stay_until_the_end() -> None:
+    owner = scheduler(n_blocks=2)
+    kept = prompt("a", 8, keep_kv=True)
+    owner.add(kept)
+    run(owner.schedule(), owner)
+    assert kept.phase is Phase.KEPT and owner.blocks.n_free == 0
+    owner.add(prompt("b", 1, answer=1))
+    assert shown(owner.schedule()) == []
+    owner.end("a")
+    owner.end("a")
+    assert shown(owner.schedule()) == [("b", 0, 1)]
+
+
+def test_reservations_wait_in_line_and_become_sequences() -> None:
+    owner = scheduler(n_blocks=4, sequences=1)
+    first, second = Reservation("a", 12, 0.0), Reservation("b", 8, 0.0)
+    owner.add(first)
+    owner.add(second)
+    assert owner.schedule().granted == (first,)
+    assert first.blocks == (0, 1, 2) and second.blocks == ()
+    running = prompt("a", 10, answer=2)
+    running.phase, running.computed, running.output = Phase.DECODE, 10, [7]
+    owner.start(running)
+    assert shown(owner.schedule()) == [("a", 10, 11)]
+    assert running.blocks == first.blocks
+    owner.end("a")
+    assert owner.schedule().granted == (second,)
+    owner.end("b")
+    assert owner.blocks.n_free == 4
+
+
+def test_what_never_fits_is_refused_at_once() -> None:
+    owner = scheduler(n_blocks=2)
+    with pytest.raises(PromptTooLong, match="9 tokens do not fit the KV cache of 8"):
+        owner.add(Reservation("a", 9, 0.0))
+    assert not owner.queue
+
+
+def test_illegal_transitions_raise_and_change_nothing() -> None:
+    sequence = prompt("a", 1)
+    with pytest.raises(AssertionError):
+        sequence.become(Phase.DECODE)
+    assert sequence.phase is Phase.QUEUED
+
+
+def test_items_are_located_by_their_rows() -> None:
+    image = 9
+    items, rows = locate_items(
+        [1, 9, 9, 2, 9, 3, 9, 9], image, [ItemSpan(3, None), ItemSpan(2, None)]
+    )
+    assert [(item.start, item.stop) for item in items] == [(1, 5), (6, 8)]
+    assert rows == [1, 2, 4, 6, 7]
+    for wrong in ([ItemSpan(4, None)], [ItemSpan(5, None), ItemSpan(0, None)], []):
+        with pytest.raises(BadRequest, match="5 image tokens"):
+            locate_items([1, 9, 9, 2, 9, 3, 9, 9], image, wrong)
+
+
+requests = st.tuples(
+    st.integers(1, 30),  # prompt
+    st.integers(1, 6),  # answer
+    st.booleans(),  # keep_kv
+    st.integers(0, 40),  # turn at which its image lands; an image if the prompt has 3 tokens
+    st.integers(0, 200),  # turn at which it is cancelled
+)
+
+
+@given(st.lists(requests, max_size=8), st.integers(1, 9), st.integers(1, 5))
+def test_everything_ends_within_the_limits(
+    wanted: list[tuple[int, int, bool, int, int]], chunk: int, places: int
+) -> None:
+    owner = Scheduler(BlockManager(12, 4), chunk, places)
+    sequences = []
+    for number, (n, answer, keep_kv, _, _) in enumerate(wanted):
+        items = (Item(1, 3, 2),) if n >= 3 else ()
+        sequences.append(prompt(str(number), n, answer, items, keep_kv))
+        owner.add(sequences[-1])
+    started: list[str] = []
+    for turn in range(400):
+        for sequence, (_, _, _, lands, cancelled) in zip(sequences, wanted, strict=True):
+            if turn == lands:
+                for item in sequence.items:
+                    item.landed = True
+            if turn == cancelled or (sequence.phase is Phase.KEPT and turn % 3 == 0):
+                owner.end(sequence.request_id)
+        step = owner.schedule()
+        assert sum(work.stop - work.start for work in step.work) <= chunk
+        assert len(owner.running) <= places
+        for work in step.work:
+            sequence = work.sequence
+            assert work.start == sequence.computed < work.stop
+            assert work.stop <= sequence.ready_until or work.is_decode
+            assert work.stop <= len(sequence.blocks) * 4
+            if work.start == 0:
+                started.append(sequence.request_id)
+        run(step, owner)
+    assert not owner.queue and not owner.running
+    assert owner.blocks.n_free == 12
+    whole = [name for name in started if not sequences[int(name)].items]
+    assert whole == sorted(whole, key=int)

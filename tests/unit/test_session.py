@@ -1,0 +1,325 @@
+"""The lender alone: no sockets, the clock is an argument."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import msgspec
+import pytest
+
+from triptych import wire
+from triptych.errors import BadMedia, Cancelled, TriptychError
+from triptych.refs import EmbeddingRef, KVRef
+from triptych.states import IllegalTransition, SlotState
+from triptych.transfer.session import Lender
+
+LEASE_S = 60.0
+PIECE = wire.Piece(8192, 48)
+
+
+@pytest.fixture
+def lender() -> Lender:
+    return Lender("http://here:1", "nonce-a", LEASE_S)
+
+
+def embedding(lender: Lender, request: str = "r1", now: float = 0.0) -> EmbeddingRef:
+    return lender.lend_embedding(48, "key", "float32", (1, 3, 4), ("router", request), now)
+
+
+def claim(
+    lender: Lender,
+    ref: EmbeddingRef | KVRef,
+    number: int = 1,
+    *,
+    request: str = "r1",
+    session: str = "consumer",
+    now: float = 0.0,
+) -> None:
+    lender.claim(session, wire.Claim(number, ref, request), now)
+
+
+def sent(lender: Lender) -> list[wire.Message]:
+    messages = [message for _, message in lender.outbox]
+    lender.outbox.clear()
+    return messages
+
+
+def only(lender: Lender) -> wire.Message:
+    (message,) = sent(lender)
+    return message
+
+
+def denied(lender: Lender, kind: str, words: str) -> None:
+    message = only(lender)
+    assert isinstance(message, wire.Denied)
+    assert message.error == kind
+    assert words in message.reason
+
+
+def test_ready_before_claim_and_claim_before_ready(lender: Lender) -> None:
+    early, late = embedding(lender), embedding(lender, "r2")
+    lender.ready(early.slot, [PIECE], last=True, note=b"n")
+    assert sent(lender) == []
+    claim(lender, early, 7)
+    assert only(lender) == wire.Ready(7, 0, (PIECE,), True, b"n")
+    claim(lender, late, 8, request="r2")
+    assert sent(lender) == []
+    lender.ready(late.slot, [PIECE], last=True, note=b"")
+    assert lender.outbox == [("consumer", wire.Ready(8, 0, (PIECE,), True, b""))]
+
+
+def test_kv_grows_and_a_late_claim_gets_all_of_it(lender: Lender) -> None:
+    ref = lender.lend_kv(33, 16, 100, ("router", "r1"), 0.0)
+    assert ref.nbytes == 300
+    pieces = [wire.Piece(8192 + 4096 * i, 100) for i in range(3)]
+    lender.lend_again(ref.slot, ("router", "r1"), 0.0)
+    claim(lender, ref, 1)
+    lender.ready(ref.slot, pieces[:2], last=False, note=b"")
+    assert only(lender) == wire.Ready(1, 0, tuple(pieces[:2]), False)
+    claim(lender, ref, 2)
+    assert only(lender) == wire.Ready(2, 0, tuple(pieces[:2]), False)
+    lender.ready(ref.slot, pieces[2:], last=False, note=b"")
+    lender.ready(ref.slot, [], last=True, note=b"done")
+    tail = [(c, m) for c in (1, 2) for m in (wire.Ready(c, 2, (pieces[2],), False),
+                                             wire.Ready(c, 3, (), True, b"done"))]  # fmt: skip
+    assert Counter(sent(lender)) == Counter(message for _, message in tail)
+    assert lender.state(ref.slot) is SlotState.READY
+
+
+def test_a_wrong_amount_of_bytes_is_our_own_bug(lender: Lender) -> None:
+    ref = embedding(lender)
+    with pytest.raises(AssertionError):
+        lender.ready(ref.slot, [wire.Piece(0, 47)], last=True, note=b"")
+    with pytest.raises(AssertionError):
+        lender.ready(ref.slot, [wire.Piece(0, 49)], last=False, note=b"")
+    assert lender.state(ref.slot) is SlotState.FILLING
+    lender.ready(ref.slot, [PIECE], last=True, note=b"")
+    with pytest.raises(IllegalTransition):
+        lender.ready(ref.slot, [], last=True, note=b"")
+    with pytest.raises(IllegalTransition):
+        lender.fail(ref.slot, BadMedia("x"))
+
+
+def test_claim_takes_over_exactly_one_lease_of_its_request(lender: Lender) -> None:
+    ref = embedding(lender)
+    lender.lend_again(ref.slot, ("router", "r2"), 0.0)
+    claim(lender, ref, 1)
+    assert sent(lender) == []
+    claim(lender, ref, 2)  # the request has no second lease
+    denied(lender, "TransferFailed", "no lease of request r1")
+    claim(lender, ref, 2, request="r2")
+    claim(lender, ref, 3, request="r3")
+    denied(lender, "TransferFailed", "no lease of request r3")
+    assert lender.leases(ref.slot) == 2
+    lender.session_lost("router")  # holds nothing any more
+    assert lender.leases(ref.slot) == 2
+
+
+def test_the_same_image_twice_in_one_request(lender: Lender) -> None:
+    ref = embedding(lender)
+    assert lender.lend_again(ref.slot, ("router", "r1"), 0.0) == ref
+    claim(lender, ref, 1)
+    claim(lender, ref, 2)
+    assert sent(lender) == []
+    lender.release("consumer", wire.Release(1))
+    assert lender.idle == []
+    lender.release("consumer", wire.Release(2))
+    assert lender.idle == [ref.slot]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"nonce": "nonce-b"}, "WorkerLost", "process that is gone"),
+        ({"generation": 9}, "TransferFailed", "expired"),
+        ({"slot": 99}, "TransferFailed", "expired"),
+        ({"nbytes": 4}, "TransferFailed", "altered"),
+        ({"shape": (9, 9, 9)}, "TransferFailed", "altered"),
+    ],
+)
+def test_refs_that_are_not_ours(
+    lender: Lender, change: dict[str, object], kind: str, words: str
+) -> None:
+    ref = embedding(lender)
+    claim(lender, msgspec.structs.replace(ref, **change))
+    denied(lender, kind, words)
+    assert lender.leases(ref.slot) == 1
+
+
+def test_slot_numbers_and_generations_never_come_back(lender: Lender) -> None:
+    first = embedding(lender)
+    lender.cancel("r1", Cancelled("x"))
+    lender.close_slot(first.slot)
+    second = embedding(lender)
+    assert second.slot != first.slot
+    assert second.generation > first.generation
+    claim(lender, first)
+    denied(lender, "TransferFailed", "expired")
+    assert lender.state(first.slot) is SlotState.CLOSED
+
+
+def test_a_claim_number_is_used_once(lender: Lender) -> None:
+    first, second = embedding(lender), embedding(lender, "r2")
+    claim(lender, first, 1)
+    claim(lender, second, 1, request="r2")
+    denied(lender, "TransferFailed", "number is in use")
+    claim(lender, second, 1, request="r2", session="another consumer")
+    assert sent(lender) == []
+
+
+def test_validate_is_true_only_while_the_lease_lives(lender: Lender) -> None:
+    ref = embedding(lender)
+    claim(lender, ref, 1)
+    lender.validate("consumer", wire.Validate(1, 0, 1))
+    assert only(lender) == wire.Expired(1)  # nothing was ready
+    lender.ready(ref.slot, [PIECE], last=True, note=b"")
+    sent(lender)
+    lender.validate("consumer", wire.Validate(1, 0, 1))
+    assert only(lender) == wire.Valid(1, 0, 1)
+    for first, count in ((0, 2), (1, 1), (-1, 1), (1, -1)):
+        lender.validate("consumer", wire.Validate(1, first, count))
+        assert only(lender) == wire.Expired(1)
+    lender.validate("stranger", wire.Validate(1, 0, 1))
+    assert only(lender) == wire.Expired(1)
+    lender.release("consumer", wire.Release(1))
+    lender.validate("consumer", wire.Validate(1, 0, 1))
+    assert only(lender) == wire.Expired(1)
+
+
+def test_fail_before_and_after_claim(lender: Lender) -> None:
+    ref = embedding(lender)
+    lender.lend_again(ref.slot, ("router", "r2"), 0.0)
+    claim(lender, ref, 1)
+    lender.fail(ref.slot, BadMedia("truncated", item=3))
+    assert only(lender) == wire.Denied(1, "BadMedia", "truncated", 3)
+    assert lender.leases(ref.slot) == 1
+    claim(lender, ref, 2, request="r2")
+    assert only(lender) == wire.Denied(2, "BadMedia", "truncated", 3)
+    assert lender.idle == [ref.slot]
+    lender.close_slot(ref.slot)
+
+
+def test_cancel_is_idempotent_and_tells_the_consumer(lender: Lender) -> None:
+    ref, other = embedding(lender), embedding(lender)
+    keeps = embedding(lender, "r2")
+    claim(lender, ref, 1)
+    for _ in range(2):
+        lender.cancel("r1", Cancelled("gone"))
+    assert only(lender) == wire.Denied(1, "Cancelled", "gone")
+    assert sorted(lender.idle) == [ref.slot, other.slot]
+    assert lender.leases(keeps.slot) == 1
+    lender.release("consumer", wire.Release(1))
+    claim(lender, other, 2)
+    denied(lender, "TransferFailed", "no lease")
+
+
+def test_a_lost_session_drops_all_it_holds_and_nothing_else(lender: Lender) -> None:
+    mine, unclaimed = embedding(lender), embedding(lender)
+    others = embedding(lender, "r2")
+    claim(lender, mine, 1)
+    claim(lender, others, 1, request="r2", session="b")
+    for _ in range(2):
+        lender.session_lost("consumer")
+    assert lender.idle == [mine.slot]
+    lender.session_lost("router")
+    assert lender.idle == [mine.slot, unclaimed.slot]
+    assert lender.leases(others.slot) == 1
+    assert sent(lender) == []
+
+
+def test_silence_ends_leases_and_any_message_renews_them(lender: Lender) -> None:
+    ref, other = embedding(lender, now=0.0), embedding(lender, "r2", now=0.0)
+    claim(lender, ref, 1, now=10.0)
+    lender.expire(LEASE_S)
+    assert lender.idle == []
+    lender.expire(LEASE_S + 1)
+    assert lender.idle == [other.slot]  # the router's; the consumer was heard at 10
+    lender.heard("consumer", 65.0)
+    lender.expire(125.0)
+    assert lender.leases(ref.slot) == 1
+    lender.expire(125.1)
+    assert only(lender) == wire.Expired(1)
+    assert lender.leases(ref.slot) == 0
+    lender.heard("consumer", 200.0)
+    lender.validate("consumer", wire.Validate(1, 0, 0))
+    assert only(lender) == wire.Expired(1)
+
+
+def test_only_whole_ready_pieces_of_own_claims_may_be_read(lender: Lender) -> None:
+    ref = embedding(lender)
+    piece = (PIECE.offset, PIECE.nbytes)
+    assert not lender.may_read("router", [piece])
+    claim(lender, ref, 1)
+    assert not lender.may_read("consumer", [piece])  # not ready
+    lender.ready(ref.slot, [PIECE], last=True, note=b"")
+    assert lender.may_read("consumer", [piece])
+    assert lender.may_read("consumer", [piece, piece])
+    assert not lender.may_read("router", [piece])
+    assert not lender.may_read("stranger", [piece])
+    for offset, nbytes in ((8192, 47), (8193, 47), (8191, 48), (8192, 49), (0, 48)):
+        assert not lender.may_read("consumer", [piece, (offset, nbytes)])
+    lender.release("consumer", wire.Release(1))
+    assert not lender.may_read("consumer", [piece])
+
+
+def test_a_leased_slot_is_not_closed(lender: Lender) -> None:
+    ref = embedding(lender)
+    with pytest.raises(AssertionError):
+        lender.close_slot(ref.slot)
+
+
+def test_nothing_is_left_behind_by_any_order_of_events() -> None:
+    """Random traffic against the obvious version: a list of live leases."""
+    draw = random.Random(0)
+    lender = Lender("http://here:1", "n", LEASE_S)
+    live: list[dict[str, object]] = []
+    refs: dict[int, EmbeddingRef] = {}
+    number = 0
+    for step in range(4000):
+        request, session = f"r{draw.randrange(6)}", f"s{draw.randrange(3)}"
+        match draw.randrange(7):
+            case 0:
+                ref = embedding(lender, request)
+                refs[ref.slot] = ref
+                live.append({"slot": ref.slot, "request": request, "holder": "router"})
+            case 1 if refs:
+                slot = draw.choice(list(refs))
+                lender.lend_again(slot, ("router", request), 0.0)
+                live.append({"slot": slot, "request": request, "holder": "router"})
+            case 2 if refs:
+                slot, number = draw.choice(list(refs)), number + 1
+                claim(lender, refs[slot], number, request=request, session=session)
+                for lease in live:
+                    if lease == {"slot": slot, "request": request, "holder": "router"}:
+                        lease.update(holder=session, claim=number)
+                        break
+            case 3:
+                lender.release(session, wire.Release(draw.randrange(number + 1)))
+                gone = [x for x in live if x.get("claim") is not None]
+                live = [x for x in live if x not in gone or _leased(lender, x)]
+            case 4 if step % 10 == 0:
+                lender.cancel(request, TriptychError("x"))
+                live = [lease for lease in live if lease["request"] != request]
+            case 5 if step % 10 == 0:
+                lender.session_lost(session)
+                live = [lease for lease in live if lease["holder"] != session]
+            case 6:
+                for slot in [slot for slot in refs if lender.leases(slot) == 0]:
+                    lender.close_slot(slot)
+                    del refs[slot]
+        assert Counter(lease["slot"] for lease in live) == Counter(
+            {slot: lender.leases(slot) for slot in refs if lender.leases(slot)}
+        )
+    for session in ("router", "s0", "s1", "s2"):
+        lender.session_lost(session)
+    assert not lender._claims and not lender._by_holder
+    assert not lender._by_request and not lender._heard
+
+
+def _leased(lender: Lender, lease: dict[str, object]) -> bool:
+    lender.outbox.clear()
+    claim_number = lease["claim"]
+    assert isinstance(claim_number, int)
+    lender.validate(str(lease["holder"]), wire.Validate(claim_number, 0, 0))
+    return isinstance(only(lender), wire.Valid)

@@ -1,0 +1,103 @@
+"""Several servers on one loop: all serve, the router ends first, an error is not lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from triptych import single
+from triptych.config import ModelConfig, Secrets, ServeConfig
+from triptych.errors import PeerRefused
+
+SECRETS = Secrets(b"0123456789abcdef")
+CONFIG = ServeConfig(ModelConfig("m"), topology="EPD", port=0)
+
+
+@dataclass
+class Fake:
+    role: str
+    config: Any
+    order: list[str]
+    up: asyncio.Event = field(default_factory=asyncio.Event)
+    error: Exception | None = None
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def serve(self, *, handle_signals: bool = True) -> None:
+        assert not handle_signals
+        self.order.append(f"{self.role} up")
+        if self.role == "language":
+            self.up.set()
+        if self.error is not None:
+            raise self.error
+        try:
+            await self.stopped.wait()
+        finally:
+            await asyncio.sleep(0.01)
+            self.order.append(f"{self.role} down")
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+
+@pytest.fixture
+def up() -> asyncio.Event:
+    """Set when the last of the three serves."""
+    return asyncio.Event()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, up: asyncio.Event) -> dict[str, Fake]:
+    servers: dict[str, Fake] = {}
+    order: list[str] = []
+
+    def create(role: str, config: Any, secrets: Secrets) -> Fake:
+        servers[role] = Fake(role, config, order, up)
+        return servers[role]
+
+    async def serve_router(config: Any, secrets: Secrets, *, handle_signals: bool) -> None:
+        await create("router", config, secrets).serve(handle_signals=handle_signals)
+
+    monkeypatch.setattr(single, "create_worker", create)
+    monkeypatch.setattr(single, "serve_router", serve_router)
+    return servers
+
+
+async def test_a_signal_ends_the_router_before_its_workers(
+    made: dict[str, Fake], up: asyncio.Event
+) -> None:
+    serving = asyncio.create_task(single.serve(CONFIG, SECRETS))
+    await up.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(serving, 5)
+    order = made["router"].order
+    assert sorted(order[:3]) == ["encoder up", "language up", "router up"]
+    assert order[3:] == ["router down", "encoder down", "language down"]
+
+
+async def test_workers_dial_the_routers_port(made: dict[str, Fake], up: asyncio.Event) -> None:
+    serving = asyncio.create_task(single.serve(CONFIG, SECRETS))
+    await up.wait()
+    router = made["router"].config
+    assert router.topology == "EPD"
+    assert router.port > 0
+    for role in ("encoder", "language"):
+        assert made[role].config.network.router == f"http://127.0.0.1:{router.port}"
+    os.kill(os.getpid(), signal.SIGINT)
+    await asyncio.wait_for(serving, 5)
+
+
+async def test_one_that_fails_ends_all_with_its_error() -> None:
+    order: list[str] = []
+    router = asyncio.create_task(Fake("router", None, order).serve(handle_signals=False))
+    workers = [
+        Fake("encoder", None, order),
+        Fake("language", None, order, error=PeerRefused("other model")),
+    ]
+    with pytest.raises(PeerRefused, match="other model"):
+        await asyncio.wait_for(single._serve_until(asyncio.Event(), router, workers), 5)
+    assert order[-2:] == ["router down", "encoder down"]
