@@ -234,7 +234,7 @@ class Children:
             self._say(f"{command.name}: pid {process.pid}, log {path}")
 
     async def ready(self) -> None:
-        """Until the topology is in effect.
+        """Until the topology is in effect with every worker that was started.
 
         Raises WorkerLost when a child ends before that, with its reason and the end of its log;
         DeadlineExceeded after ``start_timeout``.
@@ -258,20 +258,30 @@ class Children:
             await asyncio.gather(answering, return_exceptions=True)
 
     async def _answering(self) -> None:
-        """Ask the router until the topology is in effect, and tell what it waits for."""
-        waiting = ""
+        """Ask the router until it knows every worker, and tell what it waits for."""
+        told = ""
         limit = aiohttp.ClientTimeout(total=Timeouts().rpc)
         async with aiohttp.ClientSession(timeout=limit) as client:
             while True:
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                     async with client.get(f"{self.url}/ready") as answer:
-                        if answer.status == 200:
-                            return
-                        reason = str((await answer.json())["reason"])
-                        if reason != waiting:
-                            self._say(f"router: {reason}")
-                        waiting = reason
+                        waiting = self._waiting_for(await answer.json())
+                    if not waiting:
+                        return
+                    if waiting != told:
+                        self._say(f"router: {waiting}")
+                    told = waiting
                 await asyncio.sleep(POLL_S)
+
+    def _waiting_for(self, ready: dict[str, Any]) -> str:
+        """What is missing by the router's answer to ``/ready``; "" when all are there."""
+        if not ready["ready"]:
+            return str(ready["reason"])
+        for role, wanted in role_configs(self.config).items():
+            known = int(ready["workers"].get(role, 0))
+            if role != "router" and known < len(wanted):
+                return f"waiting for {len(wanted) - known} more of role {role}"
+        return ""
 
     async def any_ended(self) -> None:
         """Until a child ends. Raises WorkerLost then: none ends by itself."""

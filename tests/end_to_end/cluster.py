@@ -27,7 +27,7 @@ from triptych.decode import server as decode
 from triptych.encoder import server as encoder
 from triptych.language import server as language
 from triptych.prefill import server as prefill
-from triptych.router.app import RouterServer
+from triptych.router.server import RouterServer
 from triptych.stage import Stage
 
 SECRETS = Secrets(shared=b"a secret of the tests, 32 bytes.")

@@ -25,14 +25,21 @@ SECRETS = Secrets(b"0123456789abcdef")
 WITHIN_S = 15.0
 
 ROUTER = """
-import http.server, os, pathlib, sys
+import http.server, json, os, pathlib, sys
 from triptych.launch import end_with_parent
 end_with_parent(int(sys.argv[2]))
 wanted = pathlib.Path(sys.argv[3])
+up = 0
 class Ready(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        body = b'{"reason": "no encoder yet"}'
-        self.send_response(200 if wanted.exists() else 503)
+        global up
+        up += wanted.exists()
+        encoders = min(up, 2)  # the second one comes later
+        body = json.dumps({
+            "ready": encoders > 0, "reason": "no encoder yet",
+            "workers": {"encoder": encoders, "language": 1},
+        }).encode()
+        self.send_response(200 if encoders else 503)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -82,7 +89,7 @@ def start(
     def made(worker: str, start_timeout: float = WITHIN_S) -> Children:
         monkeypatch.setattr(launch, "commands", stand_ins(tmp_path, worker))
         config = ServeConfig(
-            MODEL, port=0, start_timeout=start_timeout, log_folder=tmp_path / "logs"
+            MODEL, "E/PD", 2, port=0, start_timeout=start_timeout, log_folder=tmp_path / "logs"
         )
         return Children(config, SECRETS, said.append)
 
@@ -159,6 +166,7 @@ async def test_from_start_to_end(start: Callable[..., Children], said: list[str]
     assert gone(pids)
     assert [line.split(":")[0] for line in said[:2]] == ["router", "encoder-0"]
     assert f"pid {pids[0]}" in said[0]
+    assert said[-1] == "router: waiting for 1 more of role encoder"
 
 
 async def test_a_child_that_dies_at_start_shows_its_reason_and_its_log(
@@ -227,12 +235,12 @@ from tests.unit import test_launch as t
 from triptych import launch
 folder = pathlib.Path(sys.argv[1])
 launch.commands = t.stand_ins(folder, getattr(t, sys.argv[2]))
-config = launch.ServeConfig(t.MODEL, port=0, log_folder=folder / "logs")
+config = launch.ServeConfig(t.MODEL, "E/PD", port=0, log_folder=folder / "logs")
 sys.exit(asyncio.run(launch.serve(config, t.SECRETS)))
 """
 MAIN = """
 from triptych import cli
-cli.main(["serve", "m", "--port", "0", "--log-folder", sys.argv[1]])
+cli.main(["serve", "m", "--topology", "E/PD", "--port", "0", "--log-folder", sys.argv[1]])
 """
 
 

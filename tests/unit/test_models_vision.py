@@ -102,7 +102,31 @@ def test_a_flat_tensor_is_split_by_patches(tiny_models: Callable[[str], TinyMode
     assert all(torch.equal(a, b) for a, b in zip(split, expected, strict=True))
 
 
-def test_output_that_cannot_be_told_apart(tiny_models: Callable[[str], TinyModel]) -> None:
+def test_output_that_does_not_say_whose_it_is(
+    tiny_models: Callable[[str], TinyModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then every image has a forward of its own."""
     tiny = tiny_models("internvl")
-    with pytest.raises(UnsupportedModel, match="which rows"):
-        tiny.encoder._split(torch.zeros(7, 64), tiny.items(IMAGES[:2]))
+    items = tiny.items(IMAGES[:3])
+    expected = tiny.encoder.encode(items)
+    original, n_crops = tiny.encoder._model.get_image_features, []
+
+    def flat(pixel_values: Tensor, **arguments: object) -> object:
+        output = original(pixel_values, **arguments)
+        output.pooler_output = rows(output.pooler_output)
+        n_crops.append(len(pixel_values))
+        return output
+
+    monkeypatch.setattr(tiny.encoder._model, "get_image_features", flat)
+    for embedding, other in zip(tiny.encoder.encode(items), expected, strict=True):
+        torch.testing.assert_close(embedding, other, atol=1e-5, rtol=1e-5)
+    assert n_crops == [sum(n_crops[1:]), *(len(item["pixel_values"]) for item in items)]
+
+
+def test_another_number_of_planes(
+    tiny_models: Callable[[str], TinyModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = tiny_models("qwen3_vl")
+    monkeypatch.setattr(tiny.encoder, "planes", 3)
+    with pytest.raises(UnsupportedModel, match="made 4 planes, not 3"):
+        tiny.encoder.encode(tiny.items(IMAGES[:1]))

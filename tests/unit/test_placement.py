@@ -73,6 +73,7 @@ def test_those_that_failed_come_last() -> None:
         ("EPD", ["encoder", "language"], ("language",), []),
         ("any", ["encoder", "prefill", "decode"], ("prefill", "decode"), []),
         ("any", ["encoder", "prefill", "language"], ("language",), []),
+        ("any", ["encoder", "decode"], ("prefill", "decode"), ["prefill"]),
         ("any", [], ("language",), ["encoder", "language"]),
     ],
 )

@@ -269,57 +269,83 @@ def test_a_leased_slot_is_not_closed(lender: Lender) -> None:
         lender.close_slot(ref.slot)
 
 
-def test_nothing_is_left_behind_by_any_order_of_events() -> None:
-    """Random traffic against the obvious version: a list of live leases."""
-    draw = random.Random(0)
-    lender = Lender("http://here:1", "n", LEASE_S)
-    live: list[dict[str, object]] = []
-    refs: dict[int, EmbeddingRef] = {}
-    number = 0
-    for step in range(4000):
-        request, session = f"r{draw.randrange(6)}", f"s{draw.randrange(3)}"
-        match draw.randrange(7):
-            case 0:
-                ref = embedding(lender, request)
-                refs[ref.slot] = ref
-                live.append({"slot": ref.slot, "request": request, "holder": "router"})
-            case 1 if refs:
-                slot = draw.choice(list(refs))
-                lender.lend_again(slot, ("router", request), 0.0)
-                live.append({"slot": slot, "request": request, "holder": "router"})
-            case 2 if refs:
-                slot, number = draw.choice(list(refs)), number + 1
-                claim(lender, refs[slot], number, request=request, session=session)
-                for lease in live:
-                    if lease == {"slot": slot, "request": request, "holder": "router"}:
-                        lease.update(holder=session, claim=number)
-                        break
-            case 3:
-                lender.release(session, wire.Release(draw.randrange(number + 1)))
-                gone = [x for x in live if x.get("claim") is not None]
-                live = [x for x in live if x not in gone or _leased(lender, x)]
-            case 4 if step % 10 == 0:
-                lender.cancel(request, TriptychError("x"))
-                live = [lease for lease in live if lease["request"] != request]
-            case 5 if step % 10 == 0:
-                lender.session_lost(session)
-                live = [lease for lease in live if lease["holder"] != session]
-            case 6:
-                for slot in [slot for slot in refs if lender.leases(slot) == 0]:
-                    lender.close_slot(slot)
-                    del refs[slot]
-        assert Counter(lease["slot"] for lease in live) == Counter(
-            {slot: lender.leases(slot) for slot in refs if lender.leases(slot)}
-        )
+class Traffic:
+    """Random events, beside the obvious version of the book: a list of live leases."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        self.lender = Lender("http://here:1", "n", LEASE_S)
+        self.live: list[tuple[int, str, str, int | None]] = []
+        """(slot, request, holder, claim)."""
+        self.refs: dict[int, EmbeddingRef] = {}
+        self.claims = 0
+        self.steps = [self.lend, self.again, self.claim, self.claim, self.release, self.tidy]
+        self.steps += 3 * self.steps + [self.cancel, self.lose]
+
+    def request(self) -> str:
+        return f"r{self.draw.randrange(6)}"
+
+    def session(self) -> str:
+        return f"s{self.draw.randrange(3)}"
+
+    def lend(self) -> None:
+        request = self.request()
+        ref = embedding(self.lender, request)
+        self.refs[ref.slot] = ref
+        self.live.append((ref.slot, request, "router", None))
+
+    def again(self) -> None:
+        if self.refs:
+            slot, request = self.draw.choice(list(self.refs)), self.request()
+            self.lender.lend_again(slot, ("router", request), 0.0)
+            self.live.append((slot, request, "router", None))
+
+    def claim(self) -> None:
+        if self.refs:
+            self.claims += 1
+            slot, request, session = (
+                self.draw.choice(list(self.refs)), self.request(), self.session()
+            )  # fmt: skip
+            claim(self.lender, self.refs[slot], self.claims, request=request, session=session)
+            if (slot, request, "router", None) in self.live:
+                self.live.remove((slot, request, "router", None))
+                self.live.append((slot, request, session, self.claims))
+
+    def release(self) -> None:
+        number, session = self.draw.randrange(self.claims + 1), self.session()
+        self.lender.release(session, wire.Release(number))
+        self.live = [x for x in self.live if x[2:] != (session, number)]
+
+    def cancel(self) -> None:
+        request = self.request()
+        self.lender.cancel(request, TriptychError("x"))
+        self.live = [x for x in self.live if x[1] != request]
+
+    def lose(self) -> None:
+        session = self.session()
+        self.lender.session_lost(session)
+        self.live = [x for x in self.live if x[2] != session]
+
+    def tidy(self) -> None:
+        for slot in [slot for slot in self.refs if self.lender.leases(slot) == 0]:
+            self.lender.close_slot(slot)
+            del self.refs[slot]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_is_left_behind_by_any_order_of_events(seed: int) -> None:
+    traffic = Traffic(seed)
+    lender = traffic.lender
+    for _ in range(1000):
+        traffic.draw.choice(traffic.steps)()
+        expected = Counter(slot for slot, *_ in traffic.live)
+        assert {slot: lender.leases(slot) for slot in traffic.refs} == {
+            slot: expected[slot] for slot in traffic.refs
+        }
+        claimed = {(holder, number) for *_, holder, number in traffic.live if number is not None}
+        assert set(lender._claims) == claimed
+    assert traffic.claims > 100
     for session in ("router", "s0", "s1", "s2"):
         lender.session_lost(session)
     assert not lender._claims and not lender._by_holder
     assert not lender._by_request and not lender._heard
-
-
-def _leased(lender: Lender, lease: dict[str, object]) -> bool:
-    lender.outbox.clear()
-    claim_number = lease["claim"]
-    assert isinstance(claim_number, int)
-    lender.validate(str(lease["holder"]), wire.Validate(claim_number, 0, 0))
-    return isinstance(only(lender), wire.Valid)

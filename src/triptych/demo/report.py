@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from triptych.demo.client import Answer
@@ -49,13 +50,13 @@ def rows(spans: Sequence[dict[str, Any]]) -> list[Row]:
 
 def timeline_table(spans: Sequence[dict[str, Any]], names: Sequence[str]) -> Table:
     """Who did what for each image and for the request. ``names``: of the images, in order."""
-    table = Table(title="What happened to the request", title_justify="left")
-    for heading in ("image", "stage", "who (role, pid)"):
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("image", "stage", "who (pid)"):
         table.add_column(heading, no_wrap=True)
     for heading in ("from ms", "to ms", "bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("transport", "note"):
-        table.add_column(heading)
+    table.add_column("transport", no_wrap=True)
+    table.add_column("note", overflow="fold")
     before = None
     for row in rows(spans):
         if row.item != before and before is not None:

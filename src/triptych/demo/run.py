@@ -33,6 +33,8 @@ from triptych.launch import Children
 
 STEPS = 6
 FAMILY = "qwen3_vl"
+PLAIN_WIDTH = 120
+"""Columns of the output where it goes to a file."""
 
 
 class Demo:
@@ -126,7 +128,7 @@ class Demo:
             if timeline:
                 spans = await client.timeline(answer.request_id)
                 names = [picture.name for picture in pictures]
-                self.console.print()
+                self.console.print("\n  What happened, in ms since the request arrived:\n")
                 self.console.print(timeline_table(spans, names))
         return answer
 
@@ -154,7 +156,8 @@ async def run(config: DemoConfig) -> int:
 
     Raises TriptychError for what kept them from answering.
     """
-    console = Console(highlight=False, markup=False)
+    width = None if sys.stdout.isatty() else PLAIN_WIDTH
+    console = Console(highlight=False, markup=False, width=width)
     demo = Demo(config, console)
     try:
         return 0 if await demo.run() else 1

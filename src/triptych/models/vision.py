@@ -35,7 +35,7 @@ class VisionModel:
         """The embedding of each item, (planes, rows, width) contiguous, in the model's dtype.
 
         Items whose tensors can be concatenated share a forward. Raises UnsupportedModel when the
-        model's output cannot be told apart by item.
+        tower makes another number of planes than its configuration says.
         """
         groups: dict[object, list[int]] = {}
         for index, item in enumerate(batch):
@@ -71,6 +71,8 @@ class VisionModel:
         if len(features) != self.planes:
             raise UnsupportedModel(f"the tower made {len(features)} planes, not {self.planes}")
         split = [self._split(plane, items) for plane in features]
+        if not all(split):
+            return [self._forward([item])[0] for item in items]
         return [torch.stack(item_planes) for item_planes in zip(*split, strict=True)]
 
     def _place(self, value: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ class VisionModel:
         return value.to(self.device, dtype)
 
     def _split(self, features: Any, items: list[Item]) -> list[Tensor]:
-        """``features`` of one plane, (rows, width) for each item.
+        """``features`` of one plane, (rows, width) for each item; none if it does not say which.
 
         They come as a tensor or sequence over images or over crops, or as one flat tensor.
         """
@@ -94,7 +96,7 @@ class VisionModel:
         counts = [round(self.patches(item) * per_patch) for item in items]
         if pixels[0].ndim == 2 and sum(counts) == len(rows):
             return list(torch.split(rows, counts))
-        raise UnsupportedModel("the tower's output does not say which rows belong to which image")
+        return []
 
 
 def planes(config: Any) -> int:

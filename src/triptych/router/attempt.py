@@ -90,6 +90,8 @@ class Attempt:
         try:
             reply = await self._client.post(worker, path, message, answer, wait_s=wait_s)
         except TriptychError as error:
+            if not worker.channel.is_open:  # then it knows the session no more, and says so
+                error = WorkerLost(f"{worker.worker_id} is lost: {error.message}")
             raise StageFailed(worker, error) from error
         self.inbox.check()
         return reply

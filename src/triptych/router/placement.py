@@ -57,10 +57,15 @@ def prefer(known: Sequence[str], avoided: Collection[str]) -> list[str]:
 
 
 def answering_roles(topology: str, present: Collection[str]) -> tuple[str, ...]:
-    """Roles that make the answer, of which at least one worker is ``present`` where possible."""
+    """Roles that make the answer; without a topology, those that ``present`` workers can fill."""
     if topology in ROLES_OF:
         return ROLES_OF[topology]
-    return next((roles for roles in EITHER if all(r in present for r in roles)), EITHER[0])
+
+    def fitness(roles: tuple[str, ...]) -> tuple[bool, int]:
+        found = sum(role in present for role in roles)
+        return found == len(roles), found
+
+    return max(EITHER, key=fitness)
 
 
 def missing_roles(topology: str, present: Collection[str]) -> list[str]:

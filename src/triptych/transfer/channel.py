@@ -12,7 +12,6 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 
 import msgspec
 
@@ -101,12 +100,15 @@ class Channel:
             self._runner.cancel()
             self.is_open = False
             self._backlog.clear()
-            with suppress(TimeoutError):
+            logger.info("channel with %s ended: %s", self.peer.worker_id, reason)
+            try:
+                on_lost(self, reason)  # first: a peer that is stuck delays the close below
                 async with asyncio.timeout(self._timeouts.connect):
                     await self._socket.close()
-            logger.info("channel with %s ended: %s", self.peer.worker_id, reason)
-            on_lost(self, reason)
-            self._closed.set()
+            except TimeoutError:
+                logger.info("%s did not close its end", self.peer.worker_id)
+            finally:
+                self._closed.set()
 
     async def _carry(self, dialled: bool) -> str:
         """Runs reader, writer and watchdog; the first to end gives the reason."""

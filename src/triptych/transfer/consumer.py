@@ -130,6 +130,7 @@ class Consumer:
         self._producers: dict[str, asyncio.Task[_Producer]] = {}
         self._by_session: dict[str, _Producer] = {}
         self._claims = itertools.count(1)
+        self._closed = False
 
     async def pull(
         self, ref: AnyRef, request_id: str, place: Place, landed: Landed, timeout_s: float
@@ -144,6 +145,8 @@ class Consumer:
         """
         deadline = asyncio.get_running_loop().time() + timeout_s
         producer = await self._producer(ref.owner, deadline)
+        if not producer.channel.is_open:
+            raise WorkerLost(f"{ref.owner}: its channel has ended")
         pull = _Pull(next(self._claims), ref)
         producer.pulls[pull.claim] = pull
         producer.channel.send(wire.Claim(pull.claim, ref, request_id))
@@ -170,6 +173,7 @@ class Consumer:
 
     async def close(self) -> None:
         """End all channels; pulls in progress raise WorkerLost."""
+        self._closed = True
         tasks, self._producers = list(self._producers.values()), {}
         for task in tasks:
             task.cancel()
@@ -211,6 +215,8 @@ class Consumer:
 
     async def _producer(self, url: str, deadline: float) -> _Producer:
         """The producer behind a ref's URL; the first to ask dials, the others wait for it."""
+        if self._closed:
+            raise WorkerLost("this consumer is closed")
         task = self._producers.get(url)
         if task is None:
             task = self._producers[url] = asyncio.create_task(self._open(url))

@@ -21,6 +21,7 @@ class Mover:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="transfer")
+        self._closed = False
 
     async def run(self, job: Callable[[float], T], timeout_s: float, grace_s: float = 1.0) -> T:
         """Result of ``job(seconds left)``, which must itself end within the seconds left.
@@ -30,6 +31,8 @@ class Mover:
         destination. Raises what the job raises, or TransferFailed when it has not come back
         ``grace_s`` after its time.
         """
+        if self._closed:
+            raise TransferFailed("the transfer thread is closed")
         deadline = time.monotonic() + timeout_s
         queued = self._thread.submit(lambda: job(max(0.0, deadline - time.monotonic())))
         waiting = asyncio.wrap_future(queued)
@@ -49,11 +52,13 @@ class Mover:
         )
 
     def post(self, job: Callable[[], None]) -> None:
-        """Run a job after those queued; nobody waits for it. It must not raise."""
-        self._thread.submit(job)
+        """Run a job after those queued, unless closed; nobody waits for it. It must not raise."""
+        if not self._closed:
+            self._thread.submit(job)
 
     def close(self) -> None:
         """Take no more jobs; the thread ends after those queued."""
+        self._closed = True
         self._thread.shutdown(wait=False)
 
     async def _drain(self, queued: Future[T], waiting: asyncio.Future[T], timeout_s: float) -> None:

@@ -143,22 +143,21 @@ class HttpLink:
         self._connection.close()
 
     def _fetch(self, pieces: Sequence[Read], deadline: float) -> None:
-        response = self._ask(pieces, deadline)
-        if response.status != 200:
-            reason = response.read(200).decode(errors="replace")
-            raise TransferFailed(f"GET {self._path}: {response.status} {reason}")
         nbytes = sum(piece.nbytes for piece in pieces)
-        if response.length != nbytes:
-            raise TransferFailed(f"GET {self._path}: {response.length} bytes, not {nbytes}")
-        for piece in pieces:
-            view = self._region.view(piece.local, piece.nbytes)
-            while view:
-                self._limit(deadline)
-                count = response.readinto(view[:_CHUNK])
-                if count == 0:
-                    raise TransferFailed(f"GET {self._path}: ended early")
-                view = view[count:]
-        response.read()  # of nothing: tells http.client that the connection is free again
+        with self._ask(pieces, deadline) as response:
+            if response.status != 200:
+                reason = response.read(200).decode(errors="replace")
+                raise TransferFailed(f"GET {self._path}: {response.status} {reason}")
+            if response.length != nbytes:
+                raise TransferFailed(f"GET {self._path}: {response.length} bytes, not {nbytes}")
+            for piece in pieces:
+                view = self._region.view(piece.local, piece.nbytes)
+                while view:
+                    self._limit(deadline)
+                    count = response.readinto(view[:_CHUNK])
+                    if count == 0:
+                        raise TransferFailed(f"GET {self._path}: ended early")
+                    view = view[count:]
 
     def _ask(self, pieces: Sequence[Read], deadline: float) -> http.client.HTTPResponse:
         """Send the request; once more on a new connection when the kept one had been closed."""
@@ -166,7 +165,7 @@ class HttpLink:
         for kept in (self._connection.sock is not None, False):
             try:
                 if self._connection.sock is None:
-                    self._connection.timeout = min(self._connect_s, deadline - time.monotonic())
+                    self._connection.timeout = min(self._connect_s, _left(deadline))
                     self._connection.connect()
                 self._limit(deadline)
                 self._connection.request("GET", f"{self._path}?pieces={query}", None, self._headers)
@@ -179,7 +178,15 @@ class HttpLink:
 
     def _limit(self, deadline: float) -> None:
         """The next wait of the connection ends at the deadline. Raises TimeoutError after it."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("out of time")
-        self._connection.sock.settimeout(left)
+        left = _left(deadline)
+        # http.client lets go of the socket when the answer says that the server will close it;
+        # the limit set before the request then stays.
+        if self._connection.sock is not None:
+            self._connection.sock.settimeout(left)
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("out of time")
+    return left
