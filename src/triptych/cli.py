@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -49,12 +50,22 @@ def parse(arguments: Sequence[str]) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        sys.exit(run(config))
+        _leave(run(config))
     except TriptychError as error:
         print(f"error: {error.message}", file=sys.stderr)
         sys.exit(EXIT_CONFIG if isinstance(error, ConfigError | UnsupportedModel) else 1)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _leave(status: int) -> NoReturn:
+    """End this process, which has cleaned up after itself.
+
+    Where torch is loaded, the interpreter would spend a second or more on taking it apart.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def run(config: Any) -> int:

@@ -176,7 +176,9 @@ class Child:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
         reason = next((line for line in reversed(lines) if line.strip()), "it said nothing")
         tail = "\n".join(f"  | {line}" for line in lines)
-        return WorkerLost(f"{self.name} ended ({how}): {reason}\nend of {self.log}:\n{tail}")
+        return WorkerLost(
+            f"{self.name} ended ({how}): {reason.removeprefix('error: ')}\nend of {self.log}:\n{tail}"
+        )
 
 
 class Children:

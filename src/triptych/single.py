@@ -13,39 +13,32 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from triptych.config import RouterConfig, Secrets, ServeConfig
-from triptych.launch import free_port, role_configs
+from triptych.config import Secrets, ServeConfig
+from triptych.launch import role_configs
 
 
-class Worker(Protocol):
-    """What a worker role's module makes: bound to its address, its model loaded."""
+class Server(Protocol):
+    """What every role's module makes: bound to its address, its model loaded, not serving yet."""
+
+    url: str
 
     async def serve(self, *, handle_signals: bool = True) -> None: ...
 
     def stop(self) -> None: ...
 
 
-def create_worker(role: str, config: Any, secrets: Secrets) -> Worker:
-    """The worker of a role. Only now is the role's module imported, and with it torch.
+def create(role: str, config: Any, secrets: Secrets) -> Server:
+    """The server of a role. Only now is the role's module imported, and with it torch.
 
     Blocks while the model loads. Raises ConfigError and UnsupportedModel.
     """
-    made: Worker = importlib.import_module(f"triptych.{role}.server").create(config, secrets)
+    made: Server = importlib.import_module(f"triptych.{role}.server").create(config, secrets)
     return made
-
-
-async def serve_router(config: RouterConfig, secrets: Secrets, *, handle_signals: bool) -> None:
-    """The router until cancelled or, with ``handle_signals``, SIGTERM or SIGINT."""
-    app = importlib.import_module("triptych.router.app")
-    await app.serve(config, secrets, handle_signals=handle_signals)
 
 
 async def run_role(role: str, config: Any, secrets: Secrets) -> None:
     """One role until SIGTERM or SIGINT. Raises what keeps it from starting."""
-    if role == "router":
-        await serve_router(config, secrets, handle_signals=True)
-    else:
-        await create_worker(role, config, secrets).serve()
+    await create(role, config, secrets).serve()
 
 
 async def serve(config: ServeConfig, secrets: Secrets) -> None:
@@ -53,29 +46,29 @@ async def serve(config: ServeConfig, secrets: Secrets) -> None:
 
     Raises what keeps one of them from starting, or ended it.
     """
-    configs = role_configs(replace(config, port=config.port or free_port(config.host)))
-    workers = [create_worker(role, configs[role][0], secrets) for role in ("encoder", "language")]
+    configs = role_configs(config)
+    router = create("router", configs["router"][0], secrets)
+    workers = []
+    for role in ("encoder", "language"):
+        wanted = configs[role][0]
+        network = replace(wanted.network, router=router.url)
+        workers.append(create(role, replace(wanted, network=network), secrets))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop.set)
-    router = serve_router(configs["router"][0], secrets, handle_signals=False)
-    await _serve_until(stop, asyncio.create_task(router), workers)
+    await _serve_until(stop, router, workers)
 
 
-async def _serve_until(
-    stop: asyncio.Event, router: asyncio.Task[None], workers: Sequence[Worker]
-) -> None:
+async def _serve_until(stop: asyncio.Event, router: Server, workers: Sequence[Server]) -> None:
     """All at once, until ``stop`` or until one ends; the router ends before its workers."""
-    running = [asyncio.create_task(worker.serve(handle_signals=False)) for worker in workers]
+    servers = [router, *workers]
+    running = [asyncio.create_task(server.serve(handle_signals=False)) for server in servers]
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({stopping, router, *running}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({stopping, *running}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
-    router.cancel()  # it ends when its requests have
-    await asyncio.wait({router})
-    for worker, task in zip(workers, running, strict=True):
-        worker.stop()
+    for server, task in zip(servers, running, strict=True):
+        server.stop()
         await asyncio.wait({task})
-    for task in (router, *running):
-        if not task.cancelled():
-            task.result()
+    for task in running:
+        task.result()

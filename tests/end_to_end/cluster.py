@@ -82,9 +82,7 @@ class Cluster:
         self._stop = asyncio.Event()
         model = ModelConfig(str(self.model))
         router = RouterServer(
-            RouterConfig(
-                model, port=0, allow_private_media=True, timeouts=self.timeouts
-            ),
+            RouterConfig(model, port=0, allow_private_media=True, timeouts=self.timeouts),
             SECRETS,
         )
         self.url = router.url
@@ -96,7 +94,9 @@ class Cluster:
                 encoder.create(EncoderConfig(model, threads=1, pool_mib=8, **parts), SECRETS)
             )
         if self.topology == "E/P/D":
-            self.stages.append(prefill.create(PrefillConfig(model, engine=engine, **parts), SECRETS))
+            self.stages.append(
+                prefill.create(PrefillConfig(model, engine=engine, **parts), SECRETS)
+            )
             self.stages.append(decode.create(DecodeConfig(model, engine=engine, **parts), SECRETS))
         else:
             self.stages.append(

@@ -24,7 +24,9 @@ def picture(seed: int) -> Image.Image:
     """A picture of coloured patches; the same for the same seed."""
     width, height = SIZES[seed % len(SIZES)]
     pixels = np.random.default_rng(seed).integers(0, 255, (height // 10, width // 10, 3))
-    return Image.fromarray(pixels.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
+    return Image.fromarray(pixels.astype(np.uint8)).resize(
+        (width, height), Image.Resampling.NEAREST
+    )
 
 
 def data_uri(image: Image.Image) -> str:

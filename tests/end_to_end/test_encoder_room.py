@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tests.end_to_end.encoder_bench import (
     ROUTER,
     WAIT_S,
+    Bench,
     bench,
     picture,
     png,
@@ -179,7 +181,7 @@ async def test_cancel_ends_the_wait_for_room(folder: Path) -> None:
 
 async def test_what_never_fits_is_refused_at_once(folder: Path) -> None:
     async with bench(folder) as subject:
-        with pytest.raises(PromptTooLong, match="the pool 1048576"):
+        with pytest.raises(PromptTooLong, match="the pool has 1048576"):
             await subject.encode(request("r1", [large(seed) for seed in range(6)]))
         assert subject.service._embeddings == {}
 
@@ -192,5 +194,21 @@ async def test_a_long_queue_is_overloaded(folder: Path) -> None:
         await subject.encode(request("r1", [large(1)]))  # an empty queue takes anything
         with pytest.raises(Overloaded, match="100 vision patches"):
             await subject.encode(request("r2", [png(picture(2))]))
+        (hit,) = await subject.encode(request("r3", [png(picture(0))]))  # needs no queue
+        assert hit.ref is not None
         subject.service.cancel("r0")
         subject.service.cancel("r1")
+        subject.service.cancel("r3")
+
+
+async def test_a_worker_stops_in_the_middle_of_its_work(folder: Path) -> None:
+    subject = Bench(folder, media_threads=1, pool_mib=2)
+    await subject.service.start()
+    subject.gate.open.clear()
+    await subject.encode(request("r0", [png(picture(0))]))
+    await until(subject.gate.entered.is_set)
+    await subject.encode(request("r1", [large(seed) for seed in range(5)]))
+    threading.Timer(0.05, subject.gate.open.set).start()
+    await asyncio.wait_for(subject.service.stop(), WAIT_S)
+    await asyncio.sleep(0.05)  # what the threads still sent to the loop is handled in peace
+    assert subject.gate.batches == [1]

@@ -81,6 +81,8 @@ async def deploy(
                 await stack.enter_async_context(worker.running())
             await until(lambda: router.membership.present().total() == len(workers))
             yield Deployment(router, url, client, list(workers))
+            for worker in workers:  # all at once: each takes its time
+                worker.server.stop()
     finally:
         await client.close()
         server.stop()

@@ -148,3 +148,5 @@ def test_everything_runs_once_within_budgets(
             subject.done(number)
         ran.extend(batch)
     assert sorted(ran) == sorted(patches)
+    subject.add(1000, 1, 1, now=0.0)
+    subject.check_room(999, 999)  # everything else has been taken off the queue's account

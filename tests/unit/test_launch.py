@@ -178,7 +178,7 @@ async def test_a_child_that_dies_at_start_shows_its_reason_and_its_log(
         pids = [child.process.pid for child in children.running]
     assert gone(pids)
     first, where, *tail = failure.value.message.splitlines()
-    assert first == "encoder-0 ended (exit status 1): error: no such model"
+    assert first == "encoder-0 ended (exit status 1): no such model"
     assert where == f"end of {children.running[1].log}:"
     assert tail == ["  | loading", "  | error: no such model"]
 
@@ -309,5 +309,5 @@ def test_a_death_at_start_ends_the_command_with_status_1(tmp_path: Path) -> None
         check=False,
     )
     assert done.returncode == 1
-    assert "error: encoder-0 ended (exit status 1): error: no such model" in done.stderr
+    assert "error: encoder-0 ended (exit status 1): no such model" in done.stderr
     assert "Traceback" not in done.stderr

@@ -25,6 +25,7 @@ class Fake:
     order: list[str]
     up: asyncio.Event = field(default_factory=asyncio.Event)
     error: Exception | None = None
+    url: str = "http://127.0.0.1:4321"
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def serve(self, *, handle_signals: bool = True) -> None:
@@ -59,11 +60,7 @@ def made(monkeypatch: pytest.MonkeyPatch, up: asyncio.Event) -> dict[str, Fake]:
         servers[role] = Fake(role, config, order, up)
         return servers[role]
 
-    async def serve_router(config: Any, secrets: Secrets, *, handle_signals: bool) -> None:
-        await create("router", config, secrets).serve(handle_signals=handle_signals)
-
-    monkeypatch.setattr(single, "create_worker", create)
-    monkeypatch.setattr(single, "serve_router", serve_router)
+    monkeypatch.setattr(single, "create", create)
     return servers
 
 
@@ -79,21 +76,21 @@ async def test_a_signal_ends_the_router_before_its_workers(
     assert order[3:] == ["router down", "encoder down", "language down"]
 
 
-async def test_workers_dial_the_routers_port(made: dict[str, Fake], up: asyncio.Event) -> None:
+async def test_workers_dial_the_router_that_was_bound(
+    made: dict[str, Fake], up: asyncio.Event
+) -> None:
     serving = asyncio.create_task(single.serve(CONFIG, SECRETS))
     await up.wait()
-    router = made["router"].config
-    assert router.topology == "EPD"
-    assert router.port > 0
+    assert made["router"].config.topology == "EPD"
     for role in ("encoder", "language"):
-        assert made[role].config.network.router == f"http://127.0.0.1:{router.port}"
+        assert made[role].config.network.router == made["router"].url
     os.kill(os.getpid(), signal.SIGINT)
     await asyncio.wait_for(serving, 5)
 
 
 async def test_one_that_fails_ends_all_with_its_error() -> None:
     order: list[str] = []
-    router = asyncio.create_task(Fake("router", None, order).serve(handle_signals=False))
+    router = Fake("router", None, order)
     workers = [
         Fake("encoder", None, order),
         Fake("language", None, order, error=PeerRefused("other model")),

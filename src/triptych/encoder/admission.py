@@ -11,6 +11,7 @@ from collections import OrderedDict
 
 from triptych.errors import Cancelled, Overloaded, PromptTooLong, TriptychError
 from triptych.transfer.pool import Extent, Pool
+from triptych.transfer.region import round_up
 
 REMEMBERED_CANCELS = 4096
 """A cancel may overtake the request it is about: so many are remembered."""
@@ -37,9 +38,10 @@ class Admission:
         Raises PromptTooLong: more than the whole pool. Overloaded: no room within ``wait_s``.
         Cancelled: by ``cancel``.
         """
-        if sum(sizes) > self._pool.nbytes:
+        total = sum(round_up(size) for size in sizes)
+        if total > self._pool.nbytes:
             raise PromptTooLong(
-                f"the request's embeddings have {sum(sizes)} bytes, the pool {self._pool.nbytes}"
+                f"the request's embeddings take {total} bytes, the pool has {self._pool.nbytes}"
             )
         extents = self._take_now(sizes)
         if extents is None:

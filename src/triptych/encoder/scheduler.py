@@ -1,12 +1,12 @@
 """Which image is prepared next, and which images share a forward. Plain data in, plain data out.
 
 Work is measured in vision patches, since requests and even images say little about its cost.
-Short work goes first; it ages, so that long work is not passed for ever: an image is as urgent as
-one that is ``AGEING_PER_S`` patches per second of its waiting shorter.
+Short work goes first; waiting counts as well, so that long work is not passed for ever.
 """
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -58,15 +58,19 @@ class EncodeScheduler:
         self._queue_nbytes = queue_nbytes
         self._preparers = preparers
         self._work: dict[int, _Work] = {}
+        self._waiting: list[tuple[float, int]] = []
+        """Heap of (urgency, number); what was cancelled is skipped when it comes up."""
+        self._in_phase: dict[Phase, dict[int, _Work]] = {phase: {} for phase in Phase}
+        self._queued_patches = 0
+        self._queued_nbytes = 0
 
     def check_room(self, patches: int, nbytes: int) -> None:
         """Raises Overloaded unless so much more may wait. An empty queue takes anything."""
-        waiting = [work for work in self._work.values() if work.phase is not Phase.RUNNING]
-        if not waiting:
+        if len(self._in_phase[Phase.RUNNING]) == len(self._work):
             return
-        if sum(work.patches for work in waiting) + patches > self._queue_patches:
+        if self._queued_patches + patches > self._queue_patches:
             raise Overloaded(f"more than {self._queue_patches} vision patches wait to be encoded")
-        if sum(work.nbytes for work in waiting) + nbytes > self._queue_nbytes:
+        if self._queued_nbytes + nbytes > self._queue_nbytes:
             raise Overloaded(f"more than {self._queue_nbytes} bytes of images wait to be encoded")
 
     def add(self, number: int, patches: int, nbytes: int, now: float) -> None:
@@ -74,18 +78,22 @@ class EncodeScheduler:
         assert number not in self._work, f"work {number} is already known"
         # Everybody ages alike, so waiting time can be counted once, as the time of arrival.
         urgency = patches + now * self._batch_patches / AGEING_S
-        self._work[number] = _Work(number, patches, nbytes, urgency)
+        work = self._work[number] = _Work(number, patches, nbytes, urgency)
+        self._in_phase[Phase.WAITING][number] = work
+        heapq.heappush(self._waiting, (urgency, number))
+        self._queued_patches += patches
+        self._queued_nbytes += nbytes
 
     def next_to_prepare(self) -> int | None:
         """The image whose preparation begins now, if one may."""
-        preparing = self._in(Phase.PREPARING)
-        if len(preparing) >= self._preparers:
+        waiting, preparing = self._in_phase[Phase.WAITING], self._in_phase[Phase.PREPARING]
+        while self._waiting and self._waiting[0][1] not in waiting:
+            heapq.heappop(self._waiting)
+        if not self._waiting or len(preparing) >= self._preparers:
             return None
-        waiting = self._in(Phase.WAITING)
-        if not waiting:
-            return None
-        ahead = sum(work.patches for work in (*preparing, *self._in(Phase.PREPARED)))
-        chosen = waiting[0]
+        chosen = waiting[self._waiting[0][1]]
+        prepared = self._in_phase[Phase.PREPARED]
+        ahead = sum(work.patches for work in (*preparing.values(), *prepared.values()))
         if ahead and ahead + chosen.patches > AHEAD_BATCHES * self._batch_patches:
             return None
         self._advance(chosen, Phase.PREPARING)
@@ -98,31 +106,38 @@ class EncodeScheduler:
         """The images of the next forward: the most urgent one, and what still fits beside it."""
         batch: list[int] = []
         room = self._batch_patches
-        for work in self._in(Phase.PREPARED):
+        ready = self._in_phase[Phase.PREPARED].values()
+        for work in sorted(ready, key=lambda work: (work.urgency, work.number)):
             if not batch or work.patches <= room:
                 batch.append(work.number)
                 room -= work.patches
                 self._advance(work, Phase.RUNNING)
+                self._unqueue(work)
         return batch
 
     def done(self, number: int) -> None:
         """The image's forward has ended, or its preparation failed."""
-        del self._work[number]
+        self._forget(self._work[number])
 
     def cancel(self, number: int) -> bool:
         """Forget an image. False: its forward is running, and ``done`` will say when it ends."""
         work = self._work.get(number)
-        if work is not None and work.phase is Phase.RUNNING:
-            return False
-        self._work.pop(number, None)
+        if work is None:
+            return True
+        self._forget(work)
         return True
 
-    def _in(self, phase: Phase) -> list[_Work]:
-        """Most urgent first."""
-        found = (work for work in self._work.values() if work.phase is phase)
-        return sorted(found, key=lambda work: (work.urgency, work.number))
+    def _forget(self, work: _Work) -> None:
+        del self._work[work.number], self._in_phase[work.phase][work.number]
+        if work.phase is not Phase.RUNNING:
+            self._unqueue(work)
 
-    @staticmethod
-    def _advance(work: _Work, phase: Phase) -> None:
+    def _unqueue(self, work: _Work) -> None:
+        self._queued_patches -= work.patches
+        self._queued_nbytes -= work.nbytes
+
+    def _advance(self, work: _Work, phase: Phase) -> None:
         assert work.phase is FOLLOWS[phase], f"work {work.number}: {work.phase} → {phase}"
+        del self._in_phase[work.phase][work.number]
         work.phase = phase
+        self._in_phase[phase][work.number] = work

@@ -79,6 +79,7 @@ class EncoderService:
         self._media = ThreadPoolExecutor(config.media_threads, thread_name_prefix="encoder-media")
         self._runner = Runner(model, region, self._from_runner, config.threads)
         self._running = False
+        self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._embeddings: dict[int, Embedding] = {}
         """By slot."""
@@ -89,10 +90,12 @@ class EncoderService:
 
     async def stop(self) -> None:
         """Ends both kinds of threads; what they still work on is dropped."""
+        self._stopping = True
         self._admission.close()
-        self._media.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(self._runner.close, self._timeouts.drain)
         self.producer.close()
+        await asyncio.to_thread(self._runner.close, self._timeouts.drain)
+        decoding = asyncio.create_task(asyncio.to_thread(self._media.shutdown, cancel_futures=True))
+        await asyncio.wait({decoding}, timeout=self._timeouts.drain)
 
     # ------------------------------------------------------------------ the router's calls
 
@@ -189,6 +192,8 @@ class EncoderService:
     async def _room(self, drafts: list[Draft], request: str) -> list[Extent]:
         """One extent per draft."""
         self._admission.check(request)
+        if not drafts:
+            return []
         self._scheduler.check_room(
             sum(draft.patches for draft in drafts), sum(len(draft.image.data) for draft in drafts)
         )
@@ -228,6 +233,8 @@ class EncoderService:
 
     def _pump(self) -> None:
         """Give every idle thread its next work."""
+        if self._stopping:
+            return
         while (slot := self._scheduler.next_to_prepare()) is not None:
             embedding = self._embeddings[slot]
             image, embedding.image = embedding.image, None

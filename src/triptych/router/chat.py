@@ -34,8 +34,6 @@ BODY_S = 60.0
 """A client that takes longer for the next part of its body has gone."""
 SEND_S = 60.0
 """So has one that takes nothing of its answer for this long."""
-END = None
-"""In the queue of deltas: the pipeline has ended."""
 
 
 class ChatEndpoint:
@@ -124,17 +122,18 @@ class ChatEndpoint:
     async def _answer(self, call: Call, reply: Reply, receive: Receive) -> None:
         """Run the request's life beside its client: whichever ends first ends the other."""
         answer = self._new_answer(call)
-        deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
-        life = asyncio.create_task(self._pipeline.run(call, deltas.put_nowait))
-        life.add_done_callback(lambda _: deltas.put_nowait(END))
+
+        async def emit(delta: Delta) -> None:
+            if call.chat.stream:
+                await reply.stream(answer, delta)
+            else:
+                answer.add(delta)
+
+        life = asyncio.create_task(self._pipeline.run(call, emit))
         client = asyncio.create_task(_disconnected(receive))
         client.add_done_callback(lambda _: life.cancel())
         try:
-            while (delta := await deltas.get()) is not END:
-                if call.chat.stream:
-                    await reply.stream(answer, delta)
-                else:
-                    answer.add(delta)
+            await asyncio.wait((life,))  # which has a deadline of its own
             usage = _usage(life)
             metrics.prompt_tokens.inc(usage.prompt_tokens)
             metrics.completion_tokens.inc(usage.completion_tokens)

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
@@ -42,7 +42,7 @@ RETRIES = 2
 FETCHES = 8
 """Images of one request that are fetched at the same time."""
 
-Emit = Callable[[Delta], None]
+Emit = Callable[[Delta], Awaitable[None]]
 
 
 class Pipeline:
@@ -303,7 +303,7 @@ class Pipeline:
                     finish = "stop"
                 if finish:
                     break
-            emit(Delta(new, tuple(events[:used]), finish))
+            await emit(Delta(new, tuple(events[:used]), finish))
             if finish:
                 self._span(call, "stream", first_token, note=f"{n_answer} tokens")
                 usage = Usage(n_prompt, n_answer, n_prompt + n_answer)

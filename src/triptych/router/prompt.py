@@ -37,6 +37,8 @@ class Prompter:
             self._tokenizer = AutoTokenizer.from_pretrained(config.model, **source)
         except (OSError, ValueError) as exc:
             raise UnsupportedModel(f"{config.model} cannot be loaded: {exc}") from exc
+        # Called for every token: Transformers' own decode spends 15 µs around the 2 µs of work.
+        self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
         self.placeholder = placeholder(model.model_type, self._tokenizer)
         """What the template writes for an image, replaced by the image's text."""
         self.image_token_id = _image_token_id(model)
@@ -131,6 +133,8 @@ class Prompter:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens."""
+        if self._backend is not None:
+            return str(self._backend.decode(ids, skip_special_tokens=True))
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def piece(self, token: int) -> str:

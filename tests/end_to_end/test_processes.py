@@ -1,0 +1,50 @@
+"""Real processes, as ``triptych serve`` starts them, give the single model's own answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.end_to_end.checks import check, moved_by
+from tests.end_to_end.reference import Reference
+from tests.end_to_end.served import Served
+from triptych.demo.tiny import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Reference]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = make_tiny_model(tmp_path_factory.mktemp("models") / "qwen3_vl", "qwen3_vl")
+    yield folder, Reference(folder)
+    torch.set_num_threads(threads)
+
+
+def test_encoders_prefill_and_decode_apart(model: tuple[Path, Reference]) -> None:
+    folder, reference = model
+    with Served(folder, "E/P/D", ("--encoders", "2")) as served:
+        roles = ("router", "encoder", "prefill", "decode")
+        assert [len(served.workers(role)) for role in roles] == [1, 2, 1, 1]
+        check(served.url, reference)
+        assert moved_by(served.url) == {"shm"}
+
+
+@pytest.mark.parametrize(
+    ("topology", "options", "transports"),
+    [
+        ("E/P/D", ("--transport", "http", "--chunk-tokens", "24"), {"http"}),
+        ("E/P/D", ("--transport", "mooncake"), {"mooncake"}),
+        ("E/PD", (), {"shm"}),
+        ("EPD", (), {"shm"}),
+    ],
+)
+def test_topologies_and_transports(
+    model: tuple[Path, Reference], topology: str, options: tuple[str, ...], transports: set[str]
+) -> None:
+    folder, reference = model
+    with Served(folder, topology, options) as served:
+        check(served.url, reference)
+        assert moved_by(served.url) == transports
