@@ -1,139 +1,156 @@
-"""What the roles cost: an idle role's CPU, resident memory, /encode's answer, the router's CPU.
+"""What the roles of E/P/D cost on this machine: idle CPU, memory, /encode's answer, the router.
 
-Starts E/P/D with two encoders on this machine and the demo's small model, and prints one table.
-Figures depend on the machine and on what else it does; they are not tested.
+    python benchmarks/idle_and_latency.py [--model FOLDER] [--requests 60] [--concurrency 8]
 
-    python benchmarks/idle_and_latency.py [--requests 40] [--idle-s 10] [--together 4]
+Starts a topology with a small random model, measures it idle, then under a closed loop of
+requests with images that are all different, so that the encoders' forwards never pause. /encode's
+answer is timed by the encoders themselves, from the request's last byte (metric
+``triptych_rpc_seconds``); the router's CPU is its process's own, per request.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import os
-import platform
-import random
-import shutil
-import statistics
+import base64
+import io
+import re
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from io import BytesIO
+import time
+from collections import defaultdict
 from pathlib import Path
 
+import aiohttp
+import numpy as np
 import psutil
-import tyro
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from triptych.config import EngineConfig, ModelConfig, ServeConfig, secrets_from_environment
-from triptych.demo.client import Answer, Client, request_body
-from triptych.demo.pictures import Picture
 from triptych.demo.tiny import make_tiny_model
 from triptych.launch import Children
 
-MIB = 1 << 20
+IDLE_S = 10.0
 IMAGES = 4
-"""Of one request."""
+MAX_TOKENS = 8
+BUCKET = re.compile(r'triptych_rpc_seconds_bucket\{le="([^"]+)",path="/encode"\} (\S+)')
+console = Console(highlight=False)
 
 
-@dataclass(frozen=True)
-class Options:
-    requests: int = 40
-    """Requests that are measured."""
-    idle_s: float = 10.0
-    """How long nothing is asked."""
-    together: int = 4
-    """Requests in progress at once, so that /encode is answered while forwards run."""
+def picture(seed: int) -> str:
+    """A 448 px JPEG of coloured patches as a data URI; another one for every seed."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (28, 28, 3)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((448, 448)).save(buffer, "JPEG")
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def new_pictures(source: random.Random) -> list[Picture]:
-    """Images that no cache knows."""
-    pictures = []
-    for index in range(IMAGES):
-        small = Image.frombytes("RGB", (16, 16), source.randbytes(16 * 16 * 3))
-        file = BytesIO()
-        small.resize((320, 240)).save(file, "jpeg")
-        pictures.append(Picture(f"{index}.jpeg", "image/jpeg", file.getvalue()))
-    return pictures
+async def ask(client: aiohttp.ClientSession, url: str, model: str, seed: int) -> float:
+    """One request with images nobody has seen. Seconds to its end."""
+    images = [
+        {"type": "image_url", "image_url": {"url": picture(seed * IMAGES + i)}}
+        for i in range(IMAGES)
+    ]
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": [*images, {"type": "text", "text": "Well?"}]}],
+        "max_tokens": MAX_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+    begin = time.perf_counter()
+    async with client.post(f"{url}/v1/chat/completions", json=body) as answer:
+        if answer.status != 200:
+            raise RuntimeError(await answer.text())
+        await answer.read()
+    return time.perf_counter() - begin
 
 
-def cpu_seconds(processes: Sequence[psutil.Process]) -> list[float]:
-    return [sum(process.cpu_times()[:2]) for process in processes]
+async def buckets(
+    client: aiohttp.ClientSession, encoders: list[psutil.Process]
+) -> dict[float, float]:
+    """Cumulative counts of /encode calls by upper bound, all encoders together."""
+    counts: dict[float, float] = defaultdict(float)
+    for process in encoders:
+        ports = [c.laddr.port for c in process.net_connections("tcp") if c.status == "LISTEN"]
+        async with client.get(f"http://127.0.0.1:{ports[0]}/metrics") as answer:
+            for bound, count in BUCKET.findall(await answer.text()):
+                counts[float(bound)] += float(count)
+    return counts
 
 
-async def ask_many(client: Client, options: Options) -> list[Answer]:
-    model, source = await client.model(), random.Random(0)
-    free = asyncio.Semaphore(options.together)
-
-    async def one() -> Answer:
-        async with free:
-            body = request_body(model, "What is this?", new_pictures(source), 8)
-            return await client.ask(body, lambda _: None)
-
-    return list(await asyncio.gather(*(one() for _ in range(options.requests))))
-
-
-async def encode_calls_ms(client: Client, answers: Sequence[Answer]) -> list[float]:
-    """From the router's question to the encoder's answer: digests, then bytes, upload included."""
-    calls = []
-    for answer in answers:
-        for span in await client.timeline(answer.request_id):
-            if span["name"] == "encode_call":
-                calls.append(span["end_ms"] - span["start_ms"])
-    return calls
+def quantile(counts: dict[float, float], q: float) -> float:
+    """Seconds, interpolated within the bucket as Prometheus does."""
+    bounds = sorted(counts)
+    rank, low, below = q * counts[bounds[-1]], 0.0, 0.0
+    for bound in bounds:
+        if counts[bound] >= rank:
+            return low + (bound - low) * (rank - below) / max(1.0, counts[bound] - below)
+        low, below = bound, counts[bound]
+    return low
 
 
-async def measure(options: Options, folder: Path, console: Console) -> None:
-    config = ServeConfig(
-        ModelConfig(str(make_tiny_model(folder / "model"))),
-        encoders=2,
-        port=0,
-        engine=EngineConfig(threads=1),
-        log_folder=folder / "logs",
-    )
-    secrets = secrets_from_environment(make=True)
+async def load(
+    client: aiohttp.ClientSession, url: str, model: str, n: int, at_once: int
+) -> list[float]:
+    """``n`` requests, ``at_once`` at a time. Seconds of each."""
+    seeds = iter(range(1000, 1000 + n))
+
+    async def worker() -> list[float]:
+        return [await ask(client, url, model, seed) for seed in seeds]
+
+    return [s for share in await asyncio.gather(*(worker() for _ in range(at_once))) for s in share]
+
+
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+async def measure(model: str, n: int, at_once: int) -> None:
+    config = ServeConfig(ModelConfig(model), encoders=2, port=0, engine=EngineConfig(threads=1))
+    secrets = secrets_from_environment({}, make=True)
     async with Children(config, secrets, console.print) as children:
         await children.ready()
-        names = [child.name for child in children.running]
-        processes = [psutil.Process(child.process.pid) for child in children.running]
-        async with Client(children.url, secrets.api_key) as client:
-            await ask_many(client, Options(requests=4))  # the first requests warm everything up
-            before = cpu_seconds(processes)
-            await asyncio.sleep(options.idle_s)
-            idle = [b - a for a, b in zip(before, cpu_seconds(processes), strict=True)]
-            before = cpu_seconds(processes)
-            answers = await ask_many(client, options)
-            busy = [b - a for a, b in zip(before, cpu_seconds(processes), strict=True)]
-            calls = await encode_calls_ms(client, answers)
-        table = Table("role", "idle, % of a core", "resident, MiB", "CPU, ms a request")
-        for name, process, rest, work in zip(names, processes, idle, busy, strict=True):
-            table.add_row(
-                name,
-                f"{100 * rest / options.idle_s:.1f}",
-                f"{process.memory_info().rss / MIB:.0f}",
-                f"{1e3 * work / len(answers):.1f}",
-            )
+        roles = {child.name: psutil.Process(child.process.pid) for child in children.running}
+        encoders = [process for name, process in roles.items() if name.startswith("encoder")]
+        async with aiohttp.ClientSession() as client:
+            await load(client, children.url, model, 4, 2)  # warm
+            before = {name: cpu_s(process) for name, process in roles.items()}
+            await asyncio.sleep(IDLE_S)
+            idle = {name: (cpu_s(p) - before[name]) / IDLE_S for name, p in roles.items()}
+            warm = await buckets(client, encoders)
+            cpu, begin = cpu_s(roles["router"]), time.perf_counter()
+            seconds = await load(client, children.url, model, n, at_once)
+            wall, cpu = time.perf_counter() - begin, cpu_s(roles["router"]) - cpu
+            loaded = await buckets(client, encoders)
+        resident = {name: process.memory_info().rss / 2**20 for name, process in roles.items()}
+    table = Table("role", "idle, % of a core", "resident, MiB")
+    for name in roles:
+        table.add_row(name, f"{100 * idle[name]:.2f}", f"{resident[name]:.0f}")
     console.print(table)
-    percentiles = statistics.quantiles(calls, n=20)
+    counts = {bound: loaded[bound] - warm.get(bound, 0.0) for bound in loaded}
     console.print(
-        f"/encode call as the router sees it, digests and upload and answer, "
-        f"{options.together} requests at once: p50 {percentiles[9]:.1f} ms, "
-        f"p95 {percentiles[18]:.1f} ms ({len(calls)} calls)"
-    )
-    console.print(
-        f"{options.requests} requests of {IMAGES} new images; {platform.machine()}, "
-        f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}"
+        f"{n} requests of {IMAGES} new images, {at_once} at a time: {n / wall:.2f} requests/s, "
+        f"median {1000 * float(np.median(seconds)):.0f} ms each\n"
+        f"/encode answers after its last byte: p50 {1000 * quantile(counts, 0.5):.2f} ms, "
+        f"p99 {1000 * quantile(counts, 0.99):.1f} ms ({counts[max(counts)]:.0f} calls)\n"
+        f"router: {1000 * cpu / n:.2f} ms of CPU a request"
     )
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
-    folder = Path(tempfile.mkdtemp(prefix="triptych-bench-"))
-    try:
-        asyncio.run(measure(options, folder, Console(highlight=False)))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", help="local folder; by default a tiny random Qwen3-VL")
+    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--concurrency", type=int, default=8)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.model or str(make_tiny_model(Path(folder) / "tiny"))
+        asyncio.run(measure(model, options.requests, options.concurrency))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import tyro
+import uvloop
 
 from triptych import config as c
 from triptych import launch, single
@@ -84,11 +85,11 @@ def run(config: Any) -> int:
             return asyncio.run(launch.serve(config, secrets))
         log.setup("EPD")
         launch.end_with_parent(config.parent_pipe)
-        asyncio.run(single.serve(config, secrets))
+        uvloop.run(single.serve(config, secrets))
         return 0
     role = next(name for name, kind in COMMANDS.items() if type(config) is kind)
     log.setup(role)
     network = config if isinstance(config, c.RouterConfig) else config.network
     launch.end_with_parent(network.parent_pipe)
-    asyncio.run(single.run_role(role, config, c.secrets_from_environment()))
+    uvloop.run(single.run_role(role, config, c.secrets_from_environment()))
     return 0

@@ -176,9 +176,8 @@ class Child:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
         reason = next((line for line in reversed(lines) if line.strip()), "it said nothing")
         tail = "\n".join(f"  | {line}" for line in lines)
-        return WorkerLost(
-            f"{self.name} ended ({how}): {reason.removeprefix('error: ')}\nend of {self.log}:\n{tail}"
-        )
+        head = f"{self.name} ended ({how}): {reason.removeprefix('error: ')}"
+        return WorkerLost(f"{head}\nend of {self.log}:\n{tail}")
 
 
 class Children:

@@ -124,6 +124,8 @@ class EncodeScheduler:
         work = self._work.get(number)
         if work is None:
             return True
+        if work.phase is Phase.RUNNING:
+            return False
         self._forget(work)
         return True
 

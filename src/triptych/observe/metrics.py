@@ -27,6 +27,7 @@ def record_span(role: str, name: str, seconds: float, nbytes: int, transport: st
     if transport:
         moved_bytes.labels(transport).inc(nbytes)
 
+
 workers = Gauge("triptych_workers", "Workers registered with this router.", ["role"])
 requests_running = Gauge("triptych_requests_running", "Chat requests in progress.")
 requests_ended = Counter(

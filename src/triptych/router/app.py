@@ -7,7 +7,6 @@ import hmac
 import logging
 import os
 import secrets as random
-import signal
 from contextlib import suppress
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -27,7 +26,6 @@ from triptych.router.pipeline import Pipeline
 from triptych.router.placement import missing_roles
 from triptych.router.prompt import Prompter
 from triptych.router.timelines import Timelines
-from triptych.stage.http import HttpServer, bind
 from triptych.transfer.channel import Channel, Sessions
 from triptych.transfer.handshake import Listener
 
@@ -172,34 +170,3 @@ def authorize(request: Request, secrets: Secrets) -> None:
     given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
     if not hmac.compare_digest(given.encode(), secrets.api_key.encode()):
         raise Unauthorized("the API key is missing or wrong")
-
-
-def create(config: RouterConfig, secrets: Secrets) -> Router:
-    """Load tokenizer and template and put the router together. Blocks for seconds."""
-    return Router(config, secrets, Prompter(config.model))
-
-
-async def serve(config: RouterConfig, secrets: Secrets, *, handle_signals: bool = True) -> None:
-    """Listen until cancelled or, with ``handle_signals``, until SIGTERM or SIGINT."""
-    sock = bind(config.host, config.port)
-    stop = asyncio.Event()
-    if handle_signals:
-        loop = asyncio.get_running_loop()
-        for name in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(name, stop.set)
-    try:
-        router = await asyncio.to_thread(create, config, secrets)
-    except BaseException:
-        sock.close()
-        raise
-    server = HttpServer(router.app, sock, config.timeouts.drain)
-    serving = asyncio.create_task(server.run_until_stopped())
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        stopping.cancel()
-        await router.drain()
-        server.stop()
-        await serving
-        await router.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 from triptych.errors import TriptychError
@@ -42,7 +43,8 @@ class Call:
             return error
         name = f"image {error.item + 1}"
         message = error.message if error.message.startswith(name) else f"{name}: {error.message}"
-        found = type(error)(message, item=error.item)
+        found = copy.copy(error)
+        found.args, found.message = (message,), message
         found.param = error.param or self.images[error.item].param
         return found
 
