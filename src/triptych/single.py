@@ -7,6 +7,7 @@ is processes, not steps. That makes it the reference that the other topologies a
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import signal
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ def create(role: str, config: Any, secrets: Secrets) -> Server:
     Blocks while the model loads. Raises ConfigError and UnsupportedModel.
     """
     made: Server = importlib.import_module(f"triptych.{role}.server").create(config, secrets)
+    gc.collect()
+    gc.freeze()  # what is loaded lives as long as the process: no need to search it ever again
     return made
 
 

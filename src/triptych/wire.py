@@ -2,9 +2,10 @@
 
 Two kinds of connection carry them.
 
-*Channel* (WebSocket ``/channel``, binary frames, one message or a list each): every worker keeps
-one to its router, and every consumer one to each of its producers. It starts with a mutual
-challenge on the shared secret; whoever loses it loses every lease it held.
+*Channel* (WebSocket ``/channel``, binary frames): every worker keeps one to its router, and every
+consumer one to each of its producers. It starts with a mutual challenge on the shared secret, one
+message a frame; from then on a frame is a list of messages, all that were waiting when it was
+sent. Whoever loses the channel loses every lease it held.
 
 *HTTP* (``POST``, one message as body and one as answer): the router's requests to a worker. They
 carry the channel's session id and a token that only its two ends can compute.
@@ -15,6 +16,7 @@ Nothing here is pickled and no field is free-form.
 from __future__ import annotations
 
 import hmac
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
@@ -344,6 +346,7 @@ ChannelMessage = (
 M = TypeVar("M", bound=Message)
 _encoder = msgspec.msgpack.Encoder()
 _channel = msgspec.msgpack.Decoder(ChannelMessage)
+_frame = msgspec.msgpack.Decoder(list[ChannelMessage])
 _decoders: dict[type[Message], msgspec.msgpack.Decoder[Message]] = {}
 
 
@@ -351,11 +354,23 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def decode_channel(frame: bytes) -> ChannelMessage:
-    """Raises msgspec.DecodeError or ValidationError on bytes that are not one known message."""
+def pack(messages: Sequence[bytes]) -> bytes:
+    """A frame of encoded messages (fewer than 2**16)."""
+    count = len(messages)
+    head = bytes((0x90 | count,)) if count < 16 else b"\xdc" + count.to_bytes(2, "big")
+    return b"".join((head, *messages))
+
+
+def unpack(frame: bytes) -> list[ChannelMessage]:
+    """Raises msgspec.DecodeError or ValidationError on bytes that are not known messages."""
     if len(frame) > MAX_FRAME:
         raise msgspec.DecodeError(f"frame of {len(frame)} bytes, the limit is {MAX_FRAME}")
-    return _channel.decode(frame)  # type: ignore[no-any-return]
+    return _frame.decode(frame)
+
+
+def decode_channel(message: bytes) -> ChannelMessage:
+    """One message, as in the handshake. Raises as ``unpack``."""
+    return _channel.decode(message)  # type: ignore[no-any-return]
 
 
 def decode(body: bytes, kind: type[M]) -> M:

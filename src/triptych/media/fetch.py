@@ -29,7 +29,7 @@ MAX_URL = 8192
 """Characters of the longest http(s) or file URL."""
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 READ_NBYTES = 1 << 16
-INLINE_DECODE = 1 << 14
+INLINE_DECODE = 1 << 17
 """Characters of base64 up to which decoding on the event loop is cheaper than a thread."""
 NAT64 = IPv6Network("64:ff9b::/96")
 HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "triptych"}

@@ -23,8 +23,10 @@ from triptych.transfer.sockets import Socket, SocketClosed
 logger = logging.getLogger(__name__)
 
 MAX_BACKLOG = 10_000
-"""Frames waiting to be sent; a peer that lets more pile up is given up."""
+"""Messages waiting to be sent; a peer that lets more pile up is given up."""
 MAX_BACKLOG_NBYTES = 4 * wire.MAX_FRAME
+FRAME_NBYTES = 1 << 20
+"""Messages are put together in a frame up to here."""
 _HANDSHAKE = (wire.Challenge, wire.Hello, wire.Welcome, wire.Refused)
 
 OnMessage = Callable[["Channel", wire.ChannelMessage], None]
@@ -67,9 +69,9 @@ class Channel:
         """Queue a message. Never blocks; on a channel that has ended it does nothing."""
         if not self.is_open:
             return
-        frame = wire.encode(message)
-        self._backlog.append(frame)
-        self._backlog_nbytes += len(frame)
+        encoded = wire.encode(message)
+        self._backlog.append(encoded)
+        self._backlog_nbytes += len(encoded)
         if len(self._backlog) > MAX_BACKLOG or self._backlog_nbytes > MAX_BACKLOG_NBYTES:
             logger.error("%s takes no messages: giving its channel up", self.peer.worker_id)
             self.is_open = False
@@ -127,29 +129,36 @@ class Channel:
     async def _read(self) -> str:
         while True:
             try:
-                message = wire.decode_channel(await self._socket.receive())
+                messages = wire.unpack(await self._socket.receive())
             except SocketClosed as exc:
                 return str(exc)
             except msgspec.MsgspecError as exc:
                 return f"not a message: {exc}"
             self._heard = asyncio.get_running_loop().time()
-            if isinstance(message, _HANDSHAKE):
-                return f"{type(message).__name__} after the handshake"
-            if isinstance(message, wire.Ping):
-                self.send(wire.Pong())
-            try:
-                self._on_message(self, message)
-            # A task boundary: the handlers are other modules' code; a bug in one ends this
-            # channel with its name in the log instead of leaving it deaf.
-            except Exception as exc:
-                logger.exception("handling %s", type(message).__name__)
-                return f"handling {type(message).__name__} failed: {exc}"
+            for message in messages:
+                if (problem := self._handle(message)) is not None:
+                    return problem
+
+    def _handle(self, message: wire.ChannelMessage) -> str | None:
+        """Why the channel must end, if it must."""
+        name = type(message).__name__
+        if isinstance(message, _HANDSHAKE):
+            return f"{name} after the handshake"
+        if isinstance(message, wire.Ping):
+            self.send(wire.Pong())
+        try:
+            self._on_message(self, message)
+        # A task boundary: the handlers are other modules' code; a bug in one ends this
+        # channel with its name in the log instead of leaving it deaf.
+        except Exception as exc:
+            logger.exception("handling %s", name)
+            return f"handling {name} failed: {exc}"
+        return None
 
     async def _write(self) -> str:
         while True:
             while self._backlog:
-                frame = self._backlog.popleft()
-                self._backlog_nbytes -= len(frame)
+                frame = self._next_frame()
                 try:
                     async with asyncio.timeout(self._timeouts.silence):
                         await self._socket.send(frame)
@@ -161,6 +170,16 @@ class Channel:
                 return "closed here"
             self._wake.clear()
             await self._wake.wait()
+
+    def _next_frame(self) -> bytes:
+        """All that waits, as far as it fits: one frame costs about as much as one message."""
+        messages = [self._backlog.popleft()]
+        nbytes = len(messages[0])
+        while self._backlog and nbytes + len(self._backlog[0]) <= FRAME_NBYTES:
+            messages.append(self._backlog.popleft())
+            nbytes += len(messages[-1])
+        self._backlog_nbytes -= nbytes
+        return wire.pack(messages)
 
     async def _watch(self, *, ping: bool) -> str:
         """Heartbeats, and the end of a silent channel.

@@ -127,7 +127,12 @@ class Listener:
             return
         channel = Channel(socket, reply.session, token, hello, self.timeouts, self.on_message)
         self.sessions.add(channel)
-        channel.send(reply)
+        try:
+            await socket.send(wire.encode(reply))
+        except SocketClosed as exc:
+            self.sessions.remove(channel)
+            logger.info("a peer left during the handshake: %s", exc)
+            return
         self.on_open(channel)
         await _run(channel, self.sessions, self.on_lost, dialled=False)
 
