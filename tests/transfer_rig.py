@@ -51,9 +51,9 @@ async def serving(routes: list[BaseRoute], listener: socket.socket) -> AsyncIter
         await task
 
 
-def bound() -> tuple[socket.socket, str]:
+def bound(port: int = 0) -> tuple[socket.socket, str]:
     """A socket on a free port and its base URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     return listener, f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
@@ -81,8 +81,12 @@ class Worker:
         transport: TransportName = "auto",
         timeouts: Timeouts = FAST,
         secret: bytes = SECRET,
+        *,
+        port: int = 0,
+        advertised: str | None = None,
     ) -> None:
-        self.socket, self.url = bound()
+        self.socket, self.url = bound(port)
+        self.url = advertised or self.url
         self.nonce = secrets.token_hex(16)
         self.timeouts = timeouts
         self.region = Region(nbytes, self.nonce)

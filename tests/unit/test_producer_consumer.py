@@ -25,7 +25,7 @@ from triptych.errors import (
 from triptych.states import SlotState
 from triptych.transfer.channel import Channel
 from triptych.transfer.handshake import dial
-from triptych.transfer.region import PAGE
+from triptych.transfer.region import PAGE, PROBE_NBYTES
 
 TRANSPORTS: list[TransportName] = ["shm", "http", "mooncake"]
 
@@ -209,7 +209,7 @@ async def test_another_session_reads_nothing_over_http() -> None:
         lender._slots[ref.slot].readable[piece.offset] = piece.nbytes
         status, body = await ask(consumer, whole)
         assert (status, body) == (200, bytes(pair.worker.region.view(*piece_range(piece))))
-        assert (await ask(consumer, f"pieces=0-{PAGE}"))[0] == 200
+        assert (await ask(consumer, f"pieces=0-{PROBE_NBYTES}"))[0] == 200
         assert (await ask(pair.router, whole))[0] == 403
         assert (await ask(consumer, whole, token=pair.router.token))[0] == 401
         for bad in (

@@ -68,6 +68,7 @@ class EncoderService:
         self.producer = producer(self._on_idle)
         pool_nbytes = config.pool_mib << 20
         self.pool = Pool(region.carve(pool_nbytes), pool_nbytes, on_pressure=self._relieve)
+        self.pool.export("embeddings", self._cached_nbytes)
         self._admission = Admission(self.pool, config.timeouts.pool)
         self.cache = EmbeddingCache()
         self._scheduler = EncodeScheduler(
@@ -356,6 +357,14 @@ class EncoderService:
         self.cache.remove(embedding.slot)
         self.producer.close_slot(embedding.slot)
         self.pool.free(embedding.extent)
+
+    def _cached_nbytes(self) -> int:
+        """Of embeddings that nobody has leased: they stay until their room is needed."""
+        return sum(
+            embedding.extent.nbytes
+            for slot, embedding in self._embeddings.items()
+            if embedding.cached and not self.producer.leases(slot)
+        )
 
     def _relieve(self, nbytes: int) -> bool:
         """The pool is full: let the embedding go that nobody has used for the longest time."""

@@ -6,6 +6,8 @@ client library adds.
 
 from __future__ import annotations
 
+from functools import cache
+
 from prometheus_client import Counter, Gauge, Histogram
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -21,9 +23,15 @@ moved_bytes = Counter(
 )
 
 
+@cache
+def _span_series(role: str, name: str) -> Histogram:
+    """Looking a series up by its labels costs ten times what observing it does."""
+    return span_seconds.labels(role, name)
+
+
 def record_span(role: str, name: str, seconds: float, nbytes: int, transport: str) -> None:
     """One step of a request has ended. ``transport``: "" for a step that moved nothing."""
-    span_seconds.labels(role, name).observe(seconds)
+    _span_series(role, name).observe(seconds)
     if transport:
         moved_bytes.labels(transport).inc(nbytes)
 
@@ -50,4 +58,18 @@ rpc_seconds = Histogram(
     "From the last byte of a control request to its answer.",
     ["path"],
     buckets=RPC_BUCKETS_S,
+)
+
+pool_bytes = Gauge(
+    "triptych_pool_bytes",
+    "Transfer memory by what it is doing: free, leased, cached (evictable) or quarantined.",
+    ["pool", "state"],
+)
+leases = Gauge("triptych_leases", "Leases on slots that this process lends.")
+leases_expired = Counter("triptych_leases_expired", "Leases that ended by their holder's silence.")
+claims_denied = Counter("triptych_claims_denied", "Claims that were denied, by reason.", ["reason"])
+transport_links = Gauge(
+    "triptych_transport_links",
+    "Producers that this process reads from, by the transport in effect and their role.",
+    ["transport", "peer_role"],
 )

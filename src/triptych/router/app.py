@@ -26,6 +26,7 @@ from triptych.router.pipeline import Pipeline
 from triptych.router.placement import missing_roles
 from triptych.router.prompt import Prompter
 from triptych.router.timelines import Timelines
+from triptych.stage.shell import SPANS_S
 from triptych.transfer.channel import Channel, Sessions
 from triptych.transfer.handshake import Listener
 
@@ -121,6 +122,7 @@ class Router:
         except Unauthorized as error:
             return error_response(error)
         request_id = str(request.path_params["request_id"]).removeprefix("chatcmpl-")
+        await asyncio.sleep(2 * SPANS_S)  # the workers' last spans may be on their way
         found = self.timelines.describe(request_id)
         if found is None:
             return JSONResponse({"error": f"no request {request_id} is remembered"}, 404)

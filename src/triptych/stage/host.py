@@ -71,10 +71,12 @@ class EngineHost:
             host=urlsplit(stage.url).hostname or stage.network.host,
         )
         self.consumer = Consumer(stage.dial, self.region, self._transports, stage.timeouts)
+        landing = Pool(self.region.carve(landing_nbytes), landing_nbytes)
+        landing.export("landing")
         self.feed = EmbeddingFeed(
             self.consumer,
             self.region,
-            Pool(self.region.carve(landing_nbytes), landing_nbytes),
+            landing,
             self.engine,
             stage.timeouts,
             on_failed=self._feed_failed,

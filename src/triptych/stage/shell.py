@@ -36,6 +36,8 @@ M = TypeVar("M", bound=wire.Message)
 REDIAL_S = 0.25
 """First wait before dialling a router that is not there; doubles up to REDIAL_MAX_S."""
 REDIAL_MAX_S = 2.0
+SPANS_S = 0.02
+"""How long spans may wait for company; the router's timelines allow for it."""
 MAX_BODY = 1 << 30
 """Bytes of the largest request body between roles."""
 
@@ -92,6 +94,9 @@ class Stage:
         self._routes: list[BaseRoute] = []
         self._stopping = asyncio.Event()
         self._refused: PeerRefused | None = None
+        self._spans: dict[str, list[Span]] = {}
+        """By request, on their way to the router."""
+        self._sending: asyncio.TimerHandle | None = None
 
     # ------------------------------------------------------------------ assembly
 
@@ -197,18 +202,32 @@ class Stage:
 
     def report(self, message: wire.Message) -> None:
         """To the router; dropped when it is gone, since it has dropped the request too."""
+        if self._spans and isinstance(message, wire.Tokens):
+            self._send_spans()  # in the same frame, before an answer's last token
         if self.router is not None and self.router.is_open:
             self.router.send(message)
 
     def spans(self, request_id: str, spans: Sequence[Span]) -> None:
+        """To the router, with the next tokens or after ``SPANS_S``."""
         if not spans:
             return
         pid = os.getpid()
-        named = tuple(msgspec.structs.replace(span, role=self.role, pid=pid) for span in spans)
-        self.report(wire.Spans(request_id=request_id, spans=named))
-        for span in named:
+        waiting = self._spans.setdefault(request_id, [])
+        waiting += (msgspec.structs.replace(span, role=self.role, pid=pid) for span in spans)
+        for span in spans:
             seconds = span.end - span.start
             record_span(self.role, span.name, seconds, span.nbytes, span.transport)
+        if self._sending is None:
+            loop = asyncio.get_running_loop()
+            self._sending = loop.call_later(SPANS_S, self._send_spans)
+
+    def _send_spans(self) -> None:
+        if self._sending is not None:
+            self._sending.cancel()
+            self._sending = None
+        waiting, self._spans = self._spans, {}
+        for request_id, spans in waiting.items():
+            self.report(wire.Spans(request_id=request_id, spans=tuple(spans)))
 
     # ------------------------------------------------------------------ from peers
 

@@ -22,6 +22,7 @@ from triptych.errors import (
     WorkerLost,
     rebuild,
 )
+from triptych.observe.metrics import transport_links
 from triptych.refs import AnyRef, EmbeddingRef
 from triptych.states import PULL, PullEvent, PullState, advance
 from triptych.transfer.channel import Channel, OnLost, OnMessage
@@ -103,12 +104,13 @@ class _Producer:
     channel: Channel
     kind: str
     link: Link
+    mover: Mover
     pulls: dict[int, _Pull] = field(default_factory=dict)
 
 
 class Consumer:
-    """Pulls refs. Used from the event loop's thread; owns the transfer thread and one channel per
-    producer, dialled when its first ref comes.
+    """Pulls refs. Used from the event loop's thread; owns one channel and one transfer thread per
+    producer, both made when its first ref comes.
 
     ``transports``: those that may be used, by kind (``transports.open_transports``).
     """
@@ -126,7 +128,6 @@ class Consumer:
         self._region = region
         self._transports = transports
         self._timeouts = timeouts
-        self._mover = Mover()
         self._producers: dict[str, asyncio.Task[_Producer]] = {}
         self._by_session: dict[str, _Producer] = {}
         self._claims = itertools.count(1)
@@ -177,10 +178,9 @@ class Consumer:
         tasks, self._producers = list(self._producers.values()), {}
         for task in tasks:
             task.cancel()
-        for result in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(result, _Producer):
-                await result.channel.close()
-        self._mover.close()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        known = [result for result in results if isinstance(result, _Producer)]
+        await asyncio.gather(*(producer.channel.close() for producer in known))
 
     # ------------------------------------------------------------------ one pull
 
@@ -198,7 +198,7 @@ class Consumer:
         loop = asyncio.get_running_loop()
         timeout_s = min(self._timeouts.transfer, deadline - loop.time())
         pull.step(PullEvent.READY)
-        pull.read_s += await self._mover.run(partial(_read, producer.link, reads), timeout_s)
+        pull.read_s += await producer.mover.run(partial(_read, producer.link, reads), timeout_s)
         pull.step(PullEvent.READ)
         count = len(ready.pieces)
         producer.channel.send(wire.Validate(pull.claim, ready.first, count))
@@ -235,20 +235,31 @@ class Consumer:
 
     async def _open(self, url: str) -> _Producer:
         channel = await self._dialer(url, self._on_message, self._on_lost)
+        mover = Mover()
+        links: list[Link] = []
         linked = False
         try:
-            kind, link = await self._link(url, channel)
+            kind = await self._link(url, channel, mover, links)
             linked = channel.is_open
         finally:
+            for link in links[:-1] if linked else links:
+                mover.post(link.close)
             if not linked:
+                mover.close()
                 await channel.close()
         if not linked:
             raise WorkerLost(f"{url}: lost while its memory was being probed")
-        producer = self._by_session[channel.session] = _Producer(url, channel, kind, link)
+        assert isinstance(channel.peer, wire.Welcome)
+        producer = _Producer(url, channel, kind, links[-1], mover)
+        self._by_session[channel.session] = producer
+        transport_links.labels(kind, channel.peer.role).inc()
         return producer
 
-    async def _link(self, url: str, channel: Channel) -> tuple[str, Link]:
-        """The first of our transports that the peer offers and whose probe succeeds."""
+    async def _link(self, url: str, channel: Channel, mover: Mover, links: list[Link]) -> str:
+        """The first of our transports that the peer offers and whose probe succeeds.
+
+        Every link that was made, the good one last, is appended to ``links``.
+        """
         assert isinstance(channel.peer, wire.Welcome)
         offers = {offer.kind: offer for offer in channel.peer.offers}
         peer = Peer(url, channel.session, channel.token)
@@ -257,28 +268,24 @@ class Consumer:
             if kind not in offers:
                 reasons.append(f"{kind}: not offered")
                 continue
-            job = partial(self._connect, transport, offers[kind], peer, channel.peer.process)
+            connect = partial(transport.connect, offers[kind], peer, self._timeouts)
+            job = partial(self._probe, connect, channel.peer.process, links)
             try:
-                link = await self._mover.run(job, self._timeouts.transfer)
+                await mover.run(job, self._timeouts.transfer)
             except TransferFailed as exc:
                 reasons.append(f"{kind}: {exc.message}")
                 continue
             others = f" ({'; '.join(reasons)})" if reasons else ""
             logger.info("reading from %s at %s by %s%s", channel.peer.role, url, kind, others)
-            return kind, link
+            return kind
         raise TransferFailed(f"no transport to {url}: {'; '.join(reasons)}")
 
-    def _connect(
-        self, transport: Transport, offer: wire.TransportOffer, peer: Peer, nonce: str, left: float
-    ) -> Link:
+    def _probe(
+        self, connect: Callable[[], Link], nonce: str, links: list[Link], left: float
+    ) -> None:
         """On the transfer thread."""
-        link = transport.connect(offer, peer, self._timeouts)
-        try:
-            probe(link, self._region, nonce, left)
-        except TransferFailed:
-            link.close()
-            raise
-        return link
+        links.append(connect())
+        probe(links[-1], self._region, nonce, left)
 
     # ------------------------------------------------------------------ channels
 
@@ -302,7 +309,11 @@ class Consumer:
         for pull in producer.pulls.values():
             pull.error = WorkerLost(f"{producer.url}: {reason}")
             pull.changed.set()
-        self._mover.post(producer.link.close)
+        producer.link.abort()
+        producer.mover.post(producer.link.close)
+        producer.mover.close()
+        assert isinstance(channel.peer, wire.Welcome)
+        transport_links.labels(producer.kind, channel.peer.role).dec()
 
 
 def _read(link: Link, reads: Sequence[Read], left: float) -> float:

@@ -1,4 +1,8 @@
-"""The transfer thread: bytes move here, one job at a time, and the event loop never waits."""
+"""A transfer thread: bytes move here, one job at a time, and the event loop never waits.
+
+There is one for each producer that is read from, so that a peer that has stopped holds up nobody
+but those who wait for it (docs/decisions/0002-a-thread-for-each-producer.md).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ STUCK_QUARANTINE_S = 60.0
 
 
 class Mover:
-    """One thread and its queue."""
+    """One thread and its queue. The thread starts with the first job."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="transfer")

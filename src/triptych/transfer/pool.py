@@ -3,17 +3,21 @@
 Who asks first is served first. A later request that fits may pass a waiting larger one, but only
 ``BYPASS`` times; then everyone waits until the first has its memory. One decision at a time, on
 the loop's thread.
+
+Memory that a transfer may still touch is in quarantine: nothing gives it back before its time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import weakref
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from triptych.errors import Overloaded, PromptTooLong
+from triptych.observe.metrics import pool_bytes
 
 BYPASS = 16
 """How many later requests may pass a waiting one."""
@@ -56,7 +60,10 @@ class Pool:
         self._page = page
         self._free: list[tuple[int, int]] = [(offset, self.nbytes)] if self.nbytes else []
         """(offset, nbytes), sorted, never adjacent."""
+        self.quarantined_nbytes = 0
         self._taken: dict[int, Extent] = {}
+        self._quarantined: dict[int, float] = {}
+        """Until when (loop time), by offset; those are taken as well."""
         self._waiters: deque[_Waiter] = deque()
         self._generation = 0
         self._serving = False
@@ -105,8 +112,9 @@ class Pool:
         )
 
     def free(self, extent: Extent) -> None:
-        """Give an extent back. A second time, or after a new tenant came, does nothing."""
-        if self._taken.get(extent.offset) != extent:
+        """Give an extent back. A second time, after a new tenant came, or in quarantine, does
+        nothing."""
+        if self._taken.get(extent.offset) != extent or extent.offset in self._quarantined:
             return
         del self._taken[extent.offset]
         self.free_nbytes += extent.nbytes
@@ -114,8 +122,46 @@ class Pool:
         self.serve()
 
     def quarantine(self, extent: Extent, seconds: float) -> None:
-        """``free``, but only after ``seconds``: a transfer may still write into it."""
-        asyncio.get_running_loop().call_later(seconds, self.free, extent)
+        """``free``, but only after ``seconds``, whoever frees it sooner: a transfer may still
+        write into it. Of two quarantines the longer one counts."""
+        if self._taken.get(extent.offset) != extent:
+            return
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        if extent.offset not in self._quarantined:
+            self.quarantined_nbytes += extent.nbytes
+        elif self._quarantined[extent.offset] >= until:
+            return
+        self._quarantined[extent.offset] = until
+        loop.call_at(until, self._end_quarantine, extent, until)
+
+    def export(self, name: str, cached: Callable[[], int] | None = None) -> None:
+        """Serve the pool's bytes by state as metrics, counted when they are asked for.
+
+        ``cached()``: bytes taken that could be given back at once; a method of the pool's owner.
+        """
+        # The metrics live as long as the process and must not keep a pool, or its owner, alive.
+        pool = weakref.ref(self)
+        owner = None if cached is None else weakref.WeakMethod(cached)
+
+        def evictable() -> int:
+            count = owner() if owner is not None else None
+            return count() if count is not None else 0
+
+        def serve(state: str, count: Callable[[Pool], int]) -> None:
+            gauge = pool_bytes.labels(name, state)
+            gauge.set_function(lambda: 0 if (it := pool()) is None else count(it))
+
+        serve("free", lambda it: it.free_nbytes)
+        serve("cached", lambda it: evictable())
+        serve("quarantined", lambda it: it.quarantined_nbytes)
+        serve("leased", lambda it: it.used_nbytes - it.quarantined_nbytes - evictable())
+
+    def _end_quarantine(self, extent: Extent, until: float) -> None:
+        if self._quarantined.get(extent.offset) == until:
+            del self._quarantined[extent.offset]
+            self.quarantined_nbytes -= extent.nbytes
+            self.free(extent)
 
     def _size(self, nbytes: int) -> int:
         size = max(1, -(-nbytes // self._page)) * self._page

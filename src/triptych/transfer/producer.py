@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from weakref import WeakSet
 
 from triptych import wire
 from triptych.config import Timeouts
 from triptych.errors import Cancelled, TriptychError
+from triptych.observe import metrics
 from triptych.refs import AnyRef, EmbeddingRef, KVRef
 from triptych.states import SlotState
 from triptych.transfer.channel import Channel
-from triptych.transfer.session import Lender
+from triptych.transfer.session import EXPIRED, Lender
+
+logger = logging.getLogger(__name__)
+_producers: WeakSet[Producer] = WeakSet()
+metrics.leases.set_function(lambda: sum(producer.n_leases for producer in _producers))
 
 
 class Producer:
@@ -32,6 +40,12 @@ class Producer:
         """Of consumers, by session id."""
         self._timer: asyncio.TimerHandle | None = None
         self._settling = False
+        _producers.add(self)
+
+    @property
+    def n_leases(self) -> int:
+        """Of all slots."""
+        return self._lender.n_leases
 
     # ------------------------------------------------------------------ the owner's side
 
@@ -153,7 +167,14 @@ class Producer:
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
+        assert self._timer is not None
+        late_s = loop.time() - self._timer.when()
         self._timer = loop.call_later(self._heartbeat, self._tick)
+        if late_s > self._heartbeat:
+            # This process was held up, and what its peers sent meanwhile is read after this
+            # call: they were not silent.
+            logger.warning("the event loop was held up for %.1f s", late_s)
+            return
         self._lender.expire(loop.time())
         self._settle()
 
@@ -174,3 +195,9 @@ class Producer:
                         self._on_idle(slot)
         finally:
             self._settling = False
+        tally, self._lender.tally = self._lender.tally, Counter()
+        for what, count in tally.items():
+            if what == EXPIRED:
+                metrics.leases_expired.inc(count)
+            else:
+                metrics.claims_denied.labels(what).inc(count)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import itertools
 import math
 import mmap
 import os
@@ -15,10 +16,13 @@ import os
 import torch
 
 from triptych.errors import ConfigError
+from triptych.transfer.host_memory import available
 
 PAGE = 4096
+PROBE_NBYTES = 64
+"""The start of a region's first page: what a peer reads to know whose memory it sees."""
 SCRATCH = PAGE
-"""Offset of the page into which a peer's probe page is read."""
+"""Offset of the page into which a peer's probe is read, in cells of ``PROBE_NBYTES``."""
 _FIRST = 2 * PAGE
 _F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; Python 3.11 has no name for it
 
@@ -26,13 +30,6 @@ _F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; Python 3.11 has no name for it
 def round_up(nbytes: int) -> int:
     """To whole pages: what an area of this size takes of a region."""
     return -(-nbytes // PAGE) * PAGE
-
-
-def _available() -> int:
-    """Bytes of memory that this host can give without swapping."""
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return int(kib) << 10
 
 
 def probe_page(nonce: str) -> bytes:
@@ -52,10 +49,10 @@ class Region:
         self.nbytes = round_up(nbytes) + _FIRST
         """Size of the whole mapping."""
         self.nonce = nonce
-        if self.nbytes > (available := _available()):
+        if self.nbytes > (limit := available()):
             # The kernel would rather kill some process than refuse the pages.
             raise ConfigError(
-                f"cannot take {self.nbytes >> 20} MiB: only {available >> 20} MiB are available"
+                f"cannot take {self.nbytes >> 20} MiB: only {limit >> 20} MiB are available"
             )
         self.fd = os.memfd_create("triptych", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -71,6 +68,7 @@ class Region:
         """Of the first byte, in this process."""
         self._map[:PAGE] = probe_page(nonce)
         self._next = _FIRST
+        self._cells = itertools.cycle(range(SCRATCH, SCRATCH + PAGE, PROBE_NBYTES))
 
     def carve(self, nbytes: int) -> int:
         """Offset of a new area of ``nbytes``, aligned to pages. Areas are never given back."""
@@ -78,6 +76,10 @@ class Region:
         if self._next > self.nbytes:
             raise ConfigError(f"a region of {self.nbytes} bytes has no room for {nbytes} more")
         return offset
+
+    def scratch(self) -> int:
+        """Offset of a cell for one probe. Any thread; a cell comes back after 63 others."""
+        return next(self._cells)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Writable bytes ``offset .. offset + nbytes``. Raises ValueError outside the region."""

@@ -7,12 +7,13 @@ It ends with release, cancel, denial, the loss of its session, or its holder's s
 lease lives the memory stays as it is, so bytes that were read under it are right: that is what
 ``Validate`` asks.
 
-Messages to send collect in ``outbox``, slots whose last lease ended in ``idle``.
+Messages to send collect in ``outbox``, slots whose last lease ended in ``idle``, what happened
+in ``tally``.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,11 @@ from triptych import wire
 from triptych.errors import TransferFailed, TriptychError, WorkerLost
 from triptych.refs import AnyRef, EmbeddingRef, KVRef
 from triptych.states import SLOT, SlotEvent, SlotState, advance
+
+REMEMBERED_SESSIONS = 1024
+"""Ended sessions that are known to have ended: a request may outlive the channel it came by."""
+EXPIRED = "expired"
+"""In ``Lender.tally``: leases that ended by silence. Everything else there is a denied claim."""
 
 
 @dataclass
@@ -54,6 +60,9 @@ class Lender:
         """(session id, message) to send, oldest first."""
         self.idle: list[int] = []
         """Slots whose last lease has ended since this was last emptied."""
+        self.tally: Counter[str] = Counter()
+        """Expired leases and denied claims by reason, since this was last emptied."""
+        self.n_leases = 0
         self._url = url
         self._nonce = nonce
         self._lease_s = lease_s
@@ -64,6 +73,8 @@ class Lender:
         self._claims: dict[tuple[str, int], Lease] = {}
         self._heard: dict[str, float] = {}
         """When a session that holds leases was last heard of."""
+        self._gone: OrderedDict[str, None] = OrderedDict()
+        """Sessions that have ended, the latest last."""
 
     # ------------------------------------------------------------------ the owner's side
 
@@ -126,7 +137,7 @@ class Lender:
         entry.state = advance(SLOT, entry.state, SlotEvent.FAIL)
         entry.error = error
         for lease in [lease for lease in entry.leases if lease.claim is not None]:
-            self._deny(lease.holder, lease.claim, error)
+            self._deny(lease.holder, lease.claim, error, "failed")
             self._drop(lease)
 
     def close_slot(self, slot: int) -> None:
@@ -150,11 +161,14 @@ class Lender:
         """Drop the request's leases; a consumer that claimed one is told. Idempotent."""
         for lease in list(self._by_request.get(request_id, ())):
             if lease.claim is not None:
-                self._deny(lease.holder, lease.claim, error)
+                self._deny(lease.holder, lease.claim, error, "cancelled")
             self._drop(lease)
 
     def session_lost(self, session: str) -> None:
-        """Drop all leases of a session. Idempotent."""
+        """Drop all leases of a session, for good. Idempotent."""
+        self._gone[session] = None
+        if len(self._gone) > REMEMBERED_SESSIONS:
+            self._gone.popitem(last=False)
         for lease in list(self._by_holder.get(session, ())):
             self._drop(lease)
 
@@ -164,13 +178,15 @@ class Lender:
             self._heard[session] = now
 
     def expire(self, now: float) -> None:
-        """Drop the leases of holders that have been silent for too long."""
+        """Drop the leases of holders that have been silent for too long, or had ended before they
+        were lent to."""
         for session, heard in list(self._heard.items()):
-            if now - heard <= self._lease_s:
+            if now - heard <= self._lease_s and session not in self._gone:
                 continue
             for lease in list(self._by_holder[session]):
                 if lease.claim is not None:
                     self.outbox.append((session, wire.Expired(lease.claim)))
+                self.tally[EXPIRED] += 1
                 self._drop(lease)
 
     # ------------------------------------------------------------------ the consumer's messages
@@ -178,19 +194,20 @@ class Lender:
     def claim(self, session: str, message: wire.Claim, now: float) -> None:
         """Take over the request's lease and tell what is ready, or deny."""
         if (session, message.claim) in self._claims:
-            self._deny(session, message.claim, TransferFailed("the claim's number is in use"))
+            error = TransferFailed("the claim's number is in use")
+            self._deny(session, message.claim, error, "number in use")
             return
         entry = self._find(message.ref)
-        if isinstance(entry, TriptychError):
-            self._deny(session, message.claim, entry)
+        if not isinstance(entry, Slot):
+            self._deny(session, message.claim, *entry)
             return
         lease = self._unclaimed(entry, message.request_id)
         if lease is None:
             reason = f"no lease of request {message.request_id}: expired, cancelled or claimed"
-            self._deny(session, message.claim, TransferFailed(reason))
+            self._deny(session, message.claim, TransferFailed(reason), "no lease")
             return
         if entry.error is not None:
-            self._deny(session, message.claim, entry.error)
+            self._deny(session, message.claim, entry.error, "failed")
             self._drop(lease)
             return
         self._move(lease, session, now)
@@ -234,6 +251,7 @@ class Lender:
         holder, request_id = holder_and_request
         lease = Lease(entry, request_id, holder)
         entry.leases.add(lease)
+        self.n_leases += 1
         self._by_request[request_id].add(lease)
         self._by_holder[holder].add(lease)
         self._heard[holder] = now
@@ -259,26 +277,29 @@ class Lender:
         if lease.claim is not None:
             del self._claims[lease.holder, lease.claim]
         lease.slot.leases.remove(lease)
+        self.n_leases -= 1
         if not lease.slot.leases:
             self.idle.append(lease.slot.ref.slot)
 
-    def _find(self, ref: AnyRef) -> Slot | TriptychError:
-        """The slot that a ref from the network names, or why there is none."""
+    def _find(self, ref: AnyRef) -> Slot | tuple[TriptychError, str]:
+        """The slot that a ref from the network names, or why there is none, in long and short."""
         if ref.nonce != self._nonce:
-            return WorkerLost("the ref is of a process that is gone")
+            return WorkerLost("the ref is of a process that is gone"), "another process"
         entry = self._slots.get(ref.slot)
         if entry is None or entry.ref.generation != ref.generation:
-            return TransferFailed(f"slot {ref.slot} generation {ref.generation} has expired")
+            gone = f"slot {ref.slot} generation {ref.generation} has expired"
+            return TransferFailed(gone), "slot gone"
         if entry.ref != ref:
-            return TransferFailed(f"the ref of slot {ref.slot} was altered")
+            return TransferFailed(f"the ref of slot {ref.slot} was altered"), "altered ref"
         return entry
 
     def _unclaimed(self, entry: Slot, request_id: str) -> Lease | None:
         leases = self._by_request.get(request_id, ())
         return next((x for x in leases if x.slot is entry and x.claim is None), None)
 
-    def _deny(self, session: str, claim: int | None, error: TriptychError) -> None:
+    def _deny(self, session: str, claim: int | None, error: TriptychError, reason: str) -> None:
         assert claim is not None
+        self.tally[reason] += 1
         item = -1 if error.item is None else error.item
         denied = wire.Denied(claim, type(error).__name__, error.message, item)
         self.outbox.append((session, denied))

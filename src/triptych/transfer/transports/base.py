@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from triptych.config import Timeouts
 from triptych.errors import TransferFailed
-from triptych.transfer.region import PAGE, SCRATCH, Region, probe_page
+from triptych.transfer.region import PROBE_NBYTES, Region, probe_page
 from triptych.wire import TransportOffer
 
 
@@ -40,7 +40,7 @@ class Peer:
 
 
 class Link(Protocol):
-    """Reads one producer's region. Used on the transfer thread only."""
+    """Reads one producer's region. Used on that producer's transfer thread only, but for abort."""
 
     def read(self, pieces: Sequence[Read], timeout_s: float) -> None:
         """All bytes of all pieces are here when this returns. Blocks for at most ``timeout_s``.
@@ -48,6 +48,10 @@ class Link(Protocol):
         Raises TransferFailed; its ``quarantine_s`` says how long the destination may still be
         written to. A piece outside either region is refused before any byte moves.
         """
+
+    def abort(self) -> None:
+        """The peer is lost: a read that waits for it fails soon, later ones at once. From any
+        thread, without waiting; a plain copy just ends."""
 
     def close(self) -> None:
         """Idempotent."""
@@ -88,10 +92,11 @@ def check_bounds(pieces: Sequence[Read], remote_nbytes: int, region: Region) -> 
 
 
 def probe(link: Link, region: Region, nonce: str, timeout_s: float) -> None:
-    """Read the peer's probe page and see whether it is the process we talk to.
+    """Read the start of the peer's probe page and see whether it is the process we talk to.
 
-    Raises TransferFailed. Uses the region's scratch page: transfer thread only.
+    Raises TransferFailed.
     """
-    link.read([Read(0, SCRATCH, PAGE)], timeout_s)
-    if region.view(SCRATCH, PAGE) != probe_page(nonce):
+    cell = region.scratch()
+    link.read([Read(0, cell, PROBE_NBYTES)], timeout_s)
+    if region.view(cell, PROBE_NBYTES) != probe_page(nonce)[:PROBE_NBYTES]:
         raise TransferFailed("the memory behind the offer is not that of the peer")

@@ -7,20 +7,24 @@ body straight into its region, on the transfer thread.
 
 from __future__ import annotations
 
+import asyncio
 import http.client
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from triptych import wire
 from triptych.config import Timeouts
 from triptych.errors import PeerRefused, TransferFailed
-from triptych.transfer.channel import Sessions
-from triptych.transfer.region import PAGE, Region
+from triptych.transfer.channel import Channel, Sessions
+from triptych.transfer.region import PROBE_NBYTES, Region
 from triptych.transfer.transports.base import (
     Peer,
     Read,
@@ -33,7 +37,7 @@ _PATH = "/transfer"
 _BATCH = 256
 """Pieces of one HTTP request: keeps the request line short."""
 _CHUNK = 1 << 20
-_PROBE = (0, PAGE)
+_PROBE = (0, PROBE_NBYTES)
 
 MayRead = Callable[[str, Iterable[tuple[int, int]]], bool]
 """(session id, (offset, nbytes) of each piece): ``Producer.may_read``."""
@@ -44,21 +48,40 @@ def transfer_route(region: Region, sessions: Sessions, may_read: MayRead) -> Rou
 
     async def transfer(request: Request) -> Response:
         try:
-            session = sessions.authorize(request.headers).session
+            channel = sessions.authorize(request.headers)
         except PeerRefused as exc:
             return PlainTextResponse(exc.message, 401)
         try:
             pieces = _parse(request.query_params.get("pieces", ""))
         except ValueError:
             return PlainTextResponse("pieces=OFFSET-NBYTES,...", 400)
-        if not may_read(session, [piece for piece in pieces if piece != _PROBE]):
+        if not may_read(channel.session, [piece for piece in pieces if piece != _PROBE]):
             return PlainTextResponse("a piece is not ready or not claimed", 403)
-        body = _stream(region, session, pieces, may_read)
-        nbytes = sum(nbytes for _, nbytes in pieces)
-        headers = {"content-length": str(nbytes)}
-        return StreamingResponse(body, headers=headers, media_type="application/octet-stream")
+        body = _stream(region, channel.session, pieces, may_read)
+        return _Bytes(channel, body, sum(nbytes for _, nbytes in pieces))
 
     return Route(_PATH, transfer, methods=["GET"])
+
+
+class _Bytes(StreamingResponse):
+    """Ends with its session: a consumer that takes no bytes is waited for no longer than that."""
+
+    def __init__(self, channel: Channel, body: AsyncIterator[bytes], nbytes: int) -> None:
+        headers = {"content-length": str(nbytes)}
+        super().__init__(body, headers=headers, media_type="application/octet-stream")
+        self._channel = channel
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(super().__call__(scope, receive, send))
+        lost = asyncio.create_task(self._channel.wait_closed())
+        try:
+            await asyncio.wait({sending, lost}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            lost.cancel()
+            if not sending.done():
+                sending.cancel()
+        with suppress(asyncio.CancelledError):
+            await sending
 
 
 async def _stream(
@@ -125,6 +148,9 @@ class HttpLink:
         self._headers = {wire.SESSION_HEADER: peer.session, wire.TOKEN_HEADER: peer.token}
         self._nbytes = nbytes
         self._region = region
+        self._socket: socket.socket | None = None
+        """Of the connection, also when http.client has let go of it (see ``_limit``)."""
+        self._aborted = False
 
     def read(self, pieces: Sequence[Read], timeout_s: float) -> None:
         check_bounds(pieces, self._nbytes, self._region)
@@ -139,8 +165,15 @@ class HttpLink:
             self._connection.close()
             raise
 
+    def abort(self) -> None:
+        self._aborted = True
+        if (waiting := self._socket) is not None:
+            with suppress(OSError):  # closed by now
+                waiting.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self._connection.close()
+        self._socket = None
 
     def _fetch(self, pieces: Sequence[Read], deadline: float) -> None:
         nbytes = sum(piece.nbytes for piece in pieces)
@@ -167,18 +200,21 @@ class HttpLink:
                 if self._connection.sock is None:
                     self._connection.timeout = min(self._connect_s, _left(deadline))
                     self._connection.connect()
+                    self._socket = self._connection.sock
                 self._limit(deadline)
                 self._connection.request("GET", f"{self._path}?pieces={query}", None, self._headers)
                 return self._connection.getresponse()
             except (http.client.RemoteDisconnected, ConnectionError):
                 self._connection.close()
-                if not kept:
+                if not kept or self._aborted:
                     raise
         raise AssertionError("the second attempt returns or raises")
 
     def _limit(self, deadline: float) -> None:
         """The next wait of the connection ends at the deadline. Raises TimeoutError after it."""
         left = _left(deadline)
+        if self._aborted:
+            raise TransferFailed("the peer is lost")
         # http.client lets go of the socket when the answer says that the server will close it;
         # the limit set before the request then stays.
         if self._connection.sock is not None:

@@ -122,6 +122,7 @@ class MooncakeLink:
         self._engine = engine
         self._offer = offer
         self._region = region
+        self._aborted = False
 
     def read(self, pieces: Sequence[Read], timeout_s: float) -> None:
         check_bounds(pieces, self._offer.nbytes, self._region)
@@ -142,6 +143,8 @@ class MooncakeLink:
                 )
             elif time.monotonic() > deadline:
                 raise TransferFailed(f"not read within {timeout_s:g} s", quarantine_s=_QUARANTINE_S)
+            elif self._aborted:
+                raise TransferFailed("the peer is lost", quarantine_s=_QUARANTINE_S)
             elif (spins := spins + 1) > _SPINS:
                 time.sleep(sleep_s)
                 sleep_s = min(1.5 * sleep_s, _SLEEP_S[1])
@@ -152,6 +155,11 @@ class MooncakeLink:
         One submission per piece: of a batch of several, ``transfer_check_status`` looks at the
         first alone and says done while the others are on their way (seen with 0.3.13).
         """
+        if self._aborted:
+            # The engine would look for the peer under a lock that reads from others need.
+            raise TransferFailed(
+                "the peer is lost", quarantine_s=_QUARANTINE_S if others_run else 0.0
+            )
         batch: int = self._engine.batch_transfer_async_read(
             self._offer.address,
             [self._region.address + piece.local],
@@ -164,6 +172,9 @@ class MooncakeLink:
                 quarantine_s=_QUARANTINE_S if others_run else 0.0,
             )
         return batch
+
+    def abort(self) -> None:
+        self._aborted = True
 
     def close(self) -> None:
         """The engine keeps its connections; nothing of ours is open."""

@@ -1,8 +1,9 @@
 """Same host, host memory: the producer's memfd is mapped by the consumer, reading is a memcpy.
 
-The descriptor is passed once, over a Unix socket in a folder that only this user can enter; each
-side checks that the other runs as the same user. The memfd is sealed (see ``region``), so a
-consumer can neither write to the mapping nor lose it.
+The descriptor is passed once, over a Unix socket; each side checks that the other runs as the same
+user. The socket's name is random and abstract: it is no file, so a killed process leaves nothing
+behind, and it is found by every container that shares the network of this one. The memfd is sealed
+(see ``region``), so a consumer can neither write to the mapping nor lose it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,13 @@ import fcntl
 import logging
 import mmap
 import os
-import shutil
+import secrets
 import socket
 import struct
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 
@@ -43,6 +42,8 @@ _CREDENTIALS = struct.Struct("3i")
 """pid, uid, gid (struct ucred)."""
 _SEND_S = 1.0
 """A peer on the same host takes the descriptor at once or not at all."""
+_PAUSE_S = 0.1
+"""After the socket could not accept (no descriptors left), before it tries again."""
 _STEP = 64 << 20
 """Bytes copied between two looks at the clock."""
 
@@ -57,8 +58,7 @@ class ShmTransport:
     def offer(self) -> TransportOffer:
         if self._server is None:
             self._server = _Server(self._region)
-        path = str(self._server.path)
-        return TransportOffer(self.kind, host_id(), path, nbytes=self._region.nbytes)
+        return TransportOffer(self.kind, host_id(), self._server.name, nbytes=self._region.nbytes)
 
     def connect(self, offer: TransportOffer, peer: Peer, timeouts: Timeouts) -> ShmLink:
         if offer.host != host_id():
@@ -82,13 +82,14 @@ class ShmLink:
             self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
         finally:
             os.close(fd)
-        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self._nbytes = nbytes
+        self._address: int = np.frombuffer(self._map, dtype=np.uint8).ctypes.data
         self._region = region
 
     def read(self, pieces: Sequence[Read], timeout_s: float) -> None:
-        check_bounds(pieces, len(self._bytes), self._region)
+        check_bounds(pieces, self._nbytes, self._region)
         deadline = time.monotonic() + timeout_s
-        source, target = self._bytes.ctypes.data, self._region.address
+        source, target = self._address, self._region.address
         for remote, local, nbytes in pieces:
             for start in range(0, nbytes, _STEP):
                 if time.monotonic() > deadline:
@@ -96,19 +97,24 @@ class ShmLink:
                 step = min(_STEP, nbytes - start)
                 ctypes.memmove(target + local + start, source + remote + start, step)
 
+    def abort(self) -> None:
+        """A copy waits for nobody, and the mapping stays whatever becomes of the peer."""
+
     def close(self) -> None:
-        """The mapping goes with its last user."""
+        """Unmaps: a peer that is gone must not live on as memory of this process."""
+        self._nbytes = 0
+        self._map.close()
 
 
 class _Server:
     """Hands the region's descriptor to every process of this user that asks; own thread."""
 
     def __init__(self, region: Region) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="triptych-"))  # mode 0700
-        self.path = self._folder / "region"
+        self.name = f"@triptych-{secrets.token_hex(16)}"
         self._fd = os.dup(region.fd)
+        self._closed = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(self.path))
+        self._listener.bind(_abstract(self.name))
         self._listener.listen(64)
         self._thread = threading.Thread(target=self._serve, name="shm-offer", daemon=True)
         self._thread.start()
@@ -117,8 +123,11 @@ class _Server:
         while True:
             try:
                 peer, _ = self._listener.accept()
-            except OSError:
-                return  # closed
+            except OSError as exc:
+                if self._closed.wait(_PAUSE_S):
+                    return
+                logger.warning("the region is not handed out: %s", exc)
+                continue
             with peer:
                 try:
                     _check_user(peer)
@@ -128,19 +137,24 @@ class _Server:
                     logger.warning("a peer did not get the region: %s", exc)
 
     def close(self) -> None:
+        self._closed.set()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
         self._thread.join(_SEND_S + 1.0)
         self._listener.close()
         os.close(self._fd)
-        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _abstract(name: str) -> str:
+    """The socket address that is written with an @."""
+    return f"\0{name[1:]}" if name.startswith("@") else name
 
 
 def _fetch(offer: TransportOffer, timeout_s: float) -> int:
     """The peer's memfd. Raises OSError, or ValueError when it is not what was offered."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(timeout_s)
-        client.connect(offer.address)
+        client.connect(_abstract(offer.address))
         _check_user(client)
         header, fds, _, _ = socket.recv_fds(client, len(_HEADER), 1, socket.MSG_CMSG_CLOEXEC)
     try:
