@@ -113,7 +113,9 @@ async def measure(model: str, n: int, at_once: int) -> None:
     secrets = secrets_from_environment({}, make=True)
     async with Children(config, secrets, console.print) as children:
         await children.ready()
-        roles = {child.name: psutil.Process(child.process.pid) for child in children.running}
+        roles = {
+            child.command.name: psutil.Process(child.process.pid) for child in children.running
+        }
         encoders = [process for name, process in roles.items() if name.startswith("encoder")]
         async with aiohttp.ClientSession() as client:
             await load(client, children.url, model, 4, 2)  # warm

@@ -49,6 +49,10 @@ POLL_S = 0.2
 """Between two looks at the router's /ready."""
 KILL_AFTER_S = Timeouts().drain + 5.0
 """A child that was asked to end and has not by then is killed."""
+RESTARTS = 5
+"""How often a worker that ends is started again."""
+RESTART_S = 0.5
+"""Before it is."""
 TAIL_LINES = 15
 """How much of a dead child's log is shown."""
 
@@ -163,11 +167,12 @@ def end_with_parent(pipe: int) -> None:
 # ------------------------------------------------------------------ running it
 
 
-@dataclass(frozen=True)
+@dataclass
 class Child:
-    name: str
+    command: Command
     process: Process
     log: Path
+    restarts: int = 0
 
     def failure(self) -> WorkerLost:
         """Why it ended, as far as it said, and the end of its log."""
@@ -176,7 +181,7 @@ class Child:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
         reason = next((line for line in reversed(lines) if line.strip()), "it said nothing")
         tail = "\n".join(f"  | {line}" for line in lines)
-        head = f"{self.name} ended ({how}): {reason.removeprefix('error: ')}"
+        head = f"{self.command.name} ended ({how}): {reason.removeprefix('error: ')}"
         return WorkerLost(f"{head}\nend of {self.log}:\n{tail}")
 
 
@@ -192,17 +197,24 @@ class Children:
         self._say = say
         self._ends: dict[asyncio.Task[int], Child] = {}
         self._hurry = asyncio.Event()
-        self._pipe = -1
+        self._pipe = (-1, -1)
+        """What children hold to see that this process lives, and its other end."""
+        self._logs = Path()
 
     async def __aenter__(self) -> Self:
-        reading, self._pipe = os.pipe()
+        self._pipe = os.pipe()
         try:
-            await self._start(reading)
+            self._logs = self.config.log_folder or Path(tempfile.mkdtemp(prefix="triptych-"))
+            self._logs.mkdir(parents=True, exist_ok=True)
+            for command in commands(replace(self.config, parent_pipe=self._pipe[0])):
+                log = self._logs / f"{command.name}.log"
+                log.write_bytes(b"")
+                child = Child(command, await self._spawn(command, log), log)
+                self.running.append(child)
+                self._watch(child)
         except BaseException:
             await self.stop()
             raise
-        finally:
-            os.close(reading)
         return self
 
     async def __aexit__(
@@ -213,26 +225,21 @@ class Children:
     ) -> None:
         await self.stop()
 
-    async def _start(self, pipe: int) -> None:
-        folder = self.config.log_folder or Path(tempfile.mkdtemp(prefix="triptych-"))
-        folder.mkdir(parents=True, exist_ok=True)
-        environment = environment_of_children(self._secrets)
-        for command in commands(replace(self.config, parent_pipe=pipe)):
-            path = folder / f"{command.name}.log"
-            with path.open("wb") as log:
-                process = await asyncio.create_subprocess_exec(
-                    *command.argv,
-                    stdin=DEVNULL,
-                    stdout=log,
-                    stderr=STDOUT,
-                    pass_fds=(pipe,),
-                    env=environment,
-                    process_group=0,
-                )
-            child = Child(command.name, process, path)
-            self.running.append(child)
-            self._ends[asyncio.create_task(process.wait())] = child
-            self._say(f"{command.name}: pid {process.pid}, log {path}")
+    async def _spawn(self, command: Command, log: Path) -> Process:
+        with log.open("ab") as file:
+            return await asyncio.create_subprocess_exec(
+                *command.argv,
+                stdin=DEVNULL,
+                stdout=file,
+                stderr=STDOUT,
+                pass_fds=(self._pipe[0],),
+                env=environment_of_children(self._secrets),
+                process_group=0,
+            )
+
+    def _watch(self, child: Child) -> None:
+        self._ends[asyncio.create_task(child.process.wait())] = child
+        self._say(f"{child.command.name}: pid {child.process.pid}, log {child.log}")
 
     async def ready(self) -> None:
         """Until the topology is in effect with every worker that was started.
@@ -284,10 +291,20 @@ class Children:
                 return f"waiting for {len(wanted) - known} more of role {role}"
         return ""
 
-    async def any_ended(self) -> None:
-        """Until a child ends. Raises WorkerLost then: none ends by itself."""
-        await asyncio.wait(self._ends, return_when=asyncio.FIRST_COMPLETED)
-        self._check_alive()
+    async def keep(self) -> None:
+        """Start workers again that end. Raises WorkerLost when the router ends, or a worker more
+        than ``RESTARTS`` times."""
+        while True:
+            ended, _ = await asyncio.wait(self._ends, return_when=asyncio.FIRST_COMPLETED)
+            for end in ended:
+                child = self._ends.pop(end)
+                if child is self.running[0] or child.restarts >= RESTARTS:
+                    raise child.failure()
+                self._say(str(child.failure()))
+                child.restarts += 1
+                await asyncio.sleep(RESTART_S)
+                child.process = await self._spawn(child.command, child.log)
+                self._watch(child)
 
     def _check_alive(self) -> None:
         for end, child in self._ends.items():
@@ -300,13 +317,14 @@ class Children:
 
     async def stop(self) -> None:
         """End every child: the router with its requests, then the workers. Idempotent."""
-        if self._pipe < 0:
+        if self._pipe[0] < 0:
             return
         ends = list(self._ends.items())
         for group in (ends[:1], ends[1:]):
             await self._stop(group)
-        os.close(self._pipe)
-        self._pipe = -1
+        for end in self._pipe:
+            os.close(end)
+        self._pipe = (-1, -1)
 
     async def _stop(self, group: list[tuple[asyncio.Task[int], Child]]) -> None:
         ending = asyncio.create_task(_all_ended(group))
@@ -333,7 +351,7 @@ def _signal(group: list[tuple[asyncio.Task[int], Child]], number: signal.Signals
 
 
 async def serve(config: ServeConfig, secrets: Secrets) -> int:
-    """Run a topology's children until SIGINT, SIGTERM or SIGHUP, or until one of them ends.
+    """Run a topology's children until SIGINT, SIGTERM or SIGHUP, or until the router ends.
 
     The exit status. Raises WorkerLost or DeadlineExceeded as ``Children.ready`` does.
     """
@@ -369,4 +387,4 @@ async def _run(children: Children, console: Console, say: Say) -> None:
         with console.status("starting"):
             await children.ready()
         say(f"{children.config.topology} is ready at {children.url}/v1")
-        await children.any_ended()
+        await children.keep()

@@ -83,6 +83,8 @@ class TransportOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Address of the pool's first byte, where the transport needs one."""
     nbytes: int = 0
     """Size of the pool."""
+    protocol: str = ""
+    """What the bytes move by where the kind leaves it open: "nvlink", "rdma", "tcp"."""
 
 
 class Challenge(Message, frozen=True, tag="challenge"):

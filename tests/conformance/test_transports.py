@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -206,6 +210,34 @@ def test_two_links_of_one_pair(pair: Pair) -> None:
     check(pair, reads, before)
 
 
+def test_many_probes_at_once(pair: Pair) -> None:
+    """One region is the destination of all of them, from a thread for each producer."""
+    links = [pair.connect() for _ in range(8)]
+
+    def look(link: Link) -> None:
+        for _ in range(20):
+            probe(link, pair.target, pair.source.nonce, TIMEOUT_S)
+
+    with ThreadPoolExecutor(len(links)) as threads:
+        list(threads.map(look, links))
+
+
+def test_an_aborted_link_ends_soon_and_stays_so(pair: Pair) -> None:
+    link = pair.connect()
+    read = Read(2 * PAGE, 2 * PAGE, 64)
+    link.read([read], TIMEOUT_S)
+    link.abort()
+    link.abort()
+    start = time.monotonic()
+    if pair.consumer.kind in ("http", "mooncake"):
+        with pytest.raises(TransferFailed, match="lost"):
+            link.read([read], TIMEOUT_S)
+    else:  # copies, which wait for nobody
+        link.read([read], TIMEOUT_S)
+    assert time.monotonic() - start < 1.0
+    pair.connect().read([read], TIMEOUT_S)
+
+
 def test_what_is_not_there_is_a_named_error(pair: Pair) -> None:
     offer = pair.producer.offer()
     kinds: dict[str, tuple[TransportOffer, Peer]] = {
@@ -246,6 +278,36 @@ class TestShm:
         transport.close()
         with pytest.raises(TransportUnavailable):
             transport.connect(offer, Peer("", "", ""), FAST)
+
+    def test_no_descriptors_left_is_not_the_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        transport = ShmTransport(Region(PAGE, "n"))
+        offer = transport.offer()
+        refused = threading.Event()
+        accept = socket.socket.accept
+
+        def full_once(listener: socket.socket) -> object:
+            if not refused.is_set():
+                refused.set()
+                raise OSError(errno.EMFILE, "too many open files")
+            return accept(listener)
+
+        monkeypatch.setattr(socket.socket, "accept", full_once)
+        # The thread is in accept already: the first of these is served, the next one waits.
+        for _ in range(3):
+            transport.connect(offer, Peer("", "", ""), FAST).close()
+        assert refused.is_set()
+        transport.close()
+
+    def test_a_closed_link_keeps_no_memory(self) -> None:
+        transport = ShmTransport(Region(PAGE, "n"))
+        link = transport.connect(transport.offer(), Peer("", "", ""), FAST)
+        link.close()
+        link.close()
+        with pytest.raises(ValueError, match="closed"):
+            len(link._map)
+        with pytest.raises(TransferFailed, match="outside"):
+            link.read([Read(0, 2 * PAGE, 8)], TIMEOUT_S)
+        transport.close()
 
     def test_a_mapping_outlives_its_producer(self) -> None:
         source = Region(PAGE, "n")

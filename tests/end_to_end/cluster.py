@@ -12,6 +12,7 @@ from typing import Any
 
 from triptych.config import (
     DecodeConfig,
+    Dtype,
     EncoderConfig,
     EngineConfig,
     LanguageConfig,
@@ -44,6 +45,8 @@ class Cluster:
     encoders: int = 1
     chunk_tokens: int = 512
     kv_mib: int = 8
+    device: str = "cpu"
+    dtype: Dtype = "auto"
     timeouts: Timeouts = field(default_factory=Timeouts)
     url: str = ""
     stages: list[Stage] = field(default_factory=list)
@@ -80,7 +83,7 @@ class Cluster:
     async def _main(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        model = ModelConfig(str(self.model))
+        model = ModelConfig(str(self.model), dtype=self.dtype, device=self.device)
         router = RouterServer(
             RouterConfig(model, port=0, allow_private_media=True, timeouts=self.timeouts),
             SECRETS,

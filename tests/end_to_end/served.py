@@ -44,7 +44,7 @@ class Served:
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         try:
-            self._wait()
+            self.wait()
         except BaseException:
             self.process.kill()
             raise
@@ -68,7 +68,8 @@ class Served:
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [child for child in children if role in child.cmdline()]
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until the topology is in effect."""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             if self.process.poll() is not None:

@@ -32,6 +32,22 @@ def test_encoders_prefill_and_decode_apart(model: tuple[Path, Reference]) -> Non
         assert moved_by(served.url) == {"shm"}
 
 
+def test_killed_workers_come_back(model: tuple[Path, Reference]) -> None:
+    """The router goes on; an encoder that is gone is done without, the others are waited for."""
+    folder, reference = model
+    with Served(folder, "E/P/D", ("--encoders", "2")) as served:
+        check(served.url, reference)
+        served.workers("encoder")[0].kill()
+        check(served.url, reference)
+        for role in ("prefill", "decode"):
+            (worker,) = served.workers(role)
+            worker.kill()
+            worker.wait(10)
+        served.wait()
+        check(served.url, reference)
+        assert moved_by(served.url) == {"shm"}
+
+
 @pytest.mark.parametrize(
     ("topology", "options", "transports"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import AsyncExitStack
 
@@ -18,8 +19,12 @@ from triptych.transfer.transports.shm import ShmLink
 SIZE = 4 * MIB
 LARGE = 32 * MIB
 """More than sockets hold: a response that is held up is held up at its producer too."""
+HUGE = 128 * MIB
+"""Not read between two lines of a test."""
 BACK_S = 0.2
 """From the end of a consumer's stream to its memory being free at the producer."""
+GIVEN_UP_S = 3.0
+"""From the loss of a session to the end of its responses: a polite close is tried first."""
 LEASE_S = 0.6
 EXPIRED_S = LEASE_S + 1.0
 
@@ -143,21 +148,25 @@ async def test_memory_that_got_another_tenant_during_a_copy(
 
 async def test_a_stopped_consumer_does_not_hold_its_producer() -> None:
     """It takes no bytes of a response: the response ends with its session, others are served."""
-    limits = {"silence": 0.5}
-    async with actors(Options("http", 2 * LARGE, timeouts=limits), Options("http", LARGE)) as (
+    limits = {"silence": 0.5, "connect": 0.5}
+    async with actors(Options("http", HUGE + SIZE, timeouts=limits), Options("http", HUGE)) as (
         producer,
         consumer,
     ):
-        ref = await producer.ready_ref(LARGE, 1)
+        ref = await producer.ready_ref(HUGE, 1)
         await consumer.ask("pull", ref=encoded(ref), request="r1", timeout_s=60)
         await consumer.event("placing")
-        await consumer.stop()  # in the middle of the read, or just before or after it
-        async with taker(LARGE, "http") as other:
-            second = await producer.ready_ref(LARGE, 2, "r2")
+        await consumer.stop()
+        assert (await producer.ask("state"))["responses"] == 1
+        async with taker(SIZE, "http") as other:
+            second = await producer.ready_ref(SIZE, 2, "r2")
             await other.pull(second, "r2")
             other.check(2)
         for _ in range(3):
             if (await producer.event("idle"))["slot"] == ref.slot:
                 break
         state = await producer.ask("state")
-        assert (state["free"], state["leases"], state["responses"]) == (2 * LARGE, 0, 0)
+        assert (state["free"], state["leases"]) == (HUGE + SIZE, 0)
+        async with asyncio.timeout(GIVEN_UP_S):
+            while (await producer.ask("state"))["responses"]:  # noqa: ASYNC110 (a process)
+                await asyncio.sleep(0.01)

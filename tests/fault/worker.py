@@ -8,7 +8,6 @@ on a uvicorn server.
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -130,7 +129,6 @@ class Actor:
         time.sleep(seconds)
 
     def state(self) -> dict[str, Any]:
-        gc.collect()
         responses = [
             task
             for task in asyncio.all_tasks()

@@ -18,7 +18,7 @@ from starlette.websockets import WebSocket
 from tests.transfer_rig import FAST, IDENTITY, SECRET, Worker, bound, hello, refusing, serving
 from triptych import wire
 from triptych.config import Timeouts
-from triptych.errors import PeerRefused, WorkerLost
+from triptych.errors import PeerRefused, PeerUnproven, WorkerLost
 from triptych.transfer import channel as channels
 from triptych.transfer.channel import Channel, Sessions
 from triptych.transfer.handshake import channel_address, dial
@@ -184,9 +184,11 @@ async def test_a_silent_listener_is_lost() -> None:
 
 
 async def test_wrong_secret_is_refused_by_either_side() -> None:
+    """Another attempt elsewhere makes sense: a dead worker's address may have a new owner."""
     async with Worker(secret=b"x" * 32).serve() as worker:
-        with pytest.raises(PeerRefused, match="did not prove"):
+        with pytest.raises(PeerUnproven, match="did not prove") as refusal:
             await Dialler().dial(worker.url)
+        assert refusal.value.retryable
         assert worker.channels == []
 
 

@@ -183,12 +183,34 @@ async def test_a_child_that_dies_at_start_shows_its_reason_and_its_log(
     assert tail == ["  | loading", "  | error: no such model"]
 
 
-async def test_a_later_death_is_reported(start: Callable[..., Children]) -> None:
+async def test_a_worker_that_dies_later_is_started_again(
+    start: Callable[..., Children], said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "RESTARTS", 1)
+    monkeypatch.setattr(launch, "RESTART_S", 0.01)
     async with start(WORKER) as children:
         await children.ready()
-        children.running[1].process.kill()
+        keeping = asyncio.create_task(children.keep())
+        worker = children.running[1]
+        first = worker.process
+        first.kill()
+        async with asyncio.timeout(WITHIN_S):
+            while worker.process is first:  # noqa: ASYNC110 (of another task)
+                await asyncio.sleep(0.01)
+        assert any("encoder-0 ended (killed by SIGKILL)" in line for line in said)
+        assert not gone([worker.process.pid])
+        worker.process.kill()
         with pytest.raises(WorkerLost, match=r"encoder-0 ended \(killed by SIGKILL\)"):
-            await asyncio.wait_for(children.any_ended(), WITHIN_S)
+            await asyncio.wait_for(keeping, WITHIN_S)
+    assert gone([worker.process.pid])
+
+
+async def test_the_end_of_the_router_is_the_end(start: Callable[..., Children]) -> None:
+    async with start(WORKER) as children:
+        await children.ready()
+        children.running[0].process.kill()
+        with pytest.raises(WorkerLost, match=r"router ended \(killed by SIGKILL\)"):
+            await asyncio.wait_for(children.keep(), WITHIN_S)
 
 
 async def test_not_ready_in_time_says_what_was_waited_for(

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 from triptych.errors import Overloaded, PromptTooLong
 from triptych.transfer.pool import BYPASS, Extent, Pool
@@ -227,3 +229,59 @@ async def test_many_tasks_leave_the_pool_as_it_was() -> None:
     await asyncio.gather(*(user() for _ in range(20)))
     assert served > 100
     assert subject.free_nbytes == subject.nbytes
+
+
+async def test_nobody_frees_what_is_in_quarantine_before_its_time() -> None:
+    subject = pool(2)
+    extent = subject.try_allocate(PAGE)
+    assert extent is not None
+    subject.quarantine(extent, 0.05)
+    subject.quarantine(extent, 0.2)  # the longer one counts
+    subject.quarantine(extent, 0.01)
+    start = asyncio.get_running_loop().time()
+    subject.free(extent)
+    assert (subject.quarantined_nbytes, subject.free_nbytes) == (PAGE, PAGE)
+    whole = await subject.allocate(2 * PAGE, LONG)
+    assert asyncio.get_running_loop().time() - start >= 0.2
+    assert subject.quarantined_nbytes == 0
+    subject.free(extent)  # of the tenant before
+    assert subject.free_nbytes == 0
+    subject.quarantine(extent, 0.01)
+    assert subject.quarantined_nbytes == 0
+    subject.free(whole)
+    assert subject.free_nbytes == 2 * PAGE
+
+
+class Owner:
+    evictable = 0
+
+    def cached(self) -> int:
+        return self.evictable
+
+
+def exported(name: str) -> dict[str, float | None]:
+    sample = "triptych_pool_bytes"
+    return {
+        state: REGISTRY.get_sample_value(sample, {"pool": name, "state": state})
+        for state in ("free", "leased", "cached", "quarantined")
+    }
+
+
+async def test_bytes_by_state_are_metrics() -> None:
+    subject, owner = pool(8), Owner()
+    subject.export("a test's", owner.cached)
+    extents = [subject.try_allocate(n * PAGE) for n in (1, 2, 3)]
+    assert extents[0] is not None
+    subject.quarantine(extents[0], 0.01)
+    owner.evictable = 2 * PAGE
+    expected = {"free": 2, "leased": 3, "cached": 2, "quarantined": 1}
+    assert exported("a test's") == {state: n * PAGE for state, n in expected.items()}
+    del owner  # metrics keep neither a pool nor its owner alive
+    gc.collect()
+    assert exported("a test's")["cached"] == 0
+    assert subject.try_allocate(2 * PAGE) is not None
+    await subject.allocate(PAGE, LONG)  # when the quarantine is over
+    assert exported("a test's")["leased"] == 8 * PAGE
+    del subject
+    gc.collect()
+    assert set(exported("a test's").values()) == {0}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from triptych.errors import ConfigError
-from triptych.transfer.region import PAGE, SCRATCH, Region, probe_page, round_up
+from triptych.transfer.region import PAGE, PROBE_NBYTES, SCRATCH, Region, probe_page, round_up
 
 
 @pytest.fixture
@@ -29,6 +29,14 @@ def test_probe_page_tells_the_process(region: Region) -> None:
     assert bytes(region.view(0, PAGE)) == probe_page("n" * 32)
     assert probe_page("a") != probe_page("b")
     assert len(probe_page("a")) == PAGE
+
+
+def test_probes_under_way_have_cells_of_their_own(region: Region) -> None:
+    cells = [region.scratch() for _ in range(PAGE // PROBE_NBYTES)]
+    assert len(set(cells)) == len(cells)
+    assert min(cells) == SCRATCH
+    assert max(cells) + PROBE_NBYTES == SCRATCH + PAGE
+    assert region.scratch() == cells[0]
 
 
 def test_tensor_shares_the_memory(region: Region) -> None:

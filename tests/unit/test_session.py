@@ -12,7 +12,7 @@ from triptych import wire
 from triptych.errors import BadMedia, Cancelled, TriptychError
 from triptych.refs import EmbeddingRef, KVRef
 from triptych.states import IllegalTransition, SlotState
-from triptych.transfer.session import Lender
+from triptych.transfer.session import EXPIRED, REMEMBERED_SESSIONS, Lender
 
 LEASE_S = 60.0
 PIECE = wire.Piece(8192, 48)
@@ -244,6 +244,35 @@ def test_silence_ends_leases_and_any_message_renews_them(lender: Lender) -> None
     lender.heard("consumer", 200.0)
     lender.validate("consumer", wire.Validate(1, 0, 0))
     assert only(lender) == wire.Expired(1)
+
+
+def test_a_session_that_has_ended_cannot_hold_what_it_is_lent(lender: Lender) -> None:
+    """A request may outlive the channel that it came by: it waited for room, and lends now."""
+    lender.session_lost("router")
+    ref = embedding(lender, now=1.0)
+    assert (lender.leases(ref.slot), lender.idle) == (1, [])  # not from within the call
+    lender.expire(1.0)
+    assert (lender.leases(ref.slot), lender.idle) == (0, [ref.slot])
+    for number in range(REMEMBERED_SESSIONS):
+        lender.session_lost(f"s{number}")
+    assert len(lender._gone) == REMEMBERED_SESSIONS
+
+
+def test_what_happened_is_counted(lender: Lender) -> None:
+    ref, silent = embedding(lender), embedding(lender, "r2")
+    claim(lender, msgspec.structs.replace(ref, nonce="other"))
+    claim(lender, msgspec.structs.replace(ref, slot=99))
+    claim(lender, msgspec.structs.replace(ref, nbytes=4))
+    claim(lender, ref, request="r3")
+    claim(lender, ref)
+    claim(lender, ref)
+    lender.fail(ref.slot, BadMedia("x"))
+    claim(lender, silent, request="r2")
+    assert lender.n_leases == 1
+    lender.expire(LEASE_S + 1)
+    assert lender.n_leases == 0
+    refused = ["another process", "slot gone", "altered ref", "no lease", "number in use", "failed"]
+    assert lender.tally == Counter({**dict.fromkeys(refused, 1), EXPIRED: 1})
 
 
 def test_only_whole_ready_pieces_of_own_claims_may_be_read(lender: Lender) -> None:

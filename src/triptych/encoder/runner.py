@@ -23,8 +23,9 @@ from triptych.config import MediaLimits
 from triptych.errors import BadMedia, TriptychError, UnsupportedModel
 from triptych.media.image import ImageHeader, decode
 from triptych.media.processor import Processor
+from triptych.models.stream import Stream, drain
 from triptych.models.vision import VisionModel
-from triptych.transfer.region import Region
+from triptych.transfer.region import BaseRegion
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class Runner:
     def __init__(
         self,
         model: VisionModel,
-        region: Region,
+        region: BaseRegion,
         on_result: Callable[[BatchResult], None],
         threads: int = 0,
     ) -> None:
@@ -107,6 +108,7 @@ class Runner:
         self._region = region
         self._on_result = on_result
         self._threads = threads
+        self._stream = Stream(model.device)
         self._batches: queue.SimpleQueue[Sequence[Job] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="encoder-engine", daemon=True)
 
@@ -132,15 +134,19 @@ class Runner:
         slots = tuple(job.slot for job in batch)
         began = time.time()
         try:
-            embeddings = self._model.encode([job.inputs for job in batch])
-            encoded = time.time()
-            errors = self._copy(batch, embeddings)
+            with self._stream.entered():
+                embeddings = self._model.encode([job.inputs for job in batch])
+                encoded = self._stream.mark()
+                errors = self._copy(batch, embeddings)
+                copied = self._stream.mark()
+            # Peers read the slots without asking the device: they hear of them after this.
+            return BatchResult(slots, began, encoded(), copied(), errors)
         except Exception as exc:  # engine thread's boundary: a batch fails by name, work goes on
             logger.exception("a forward of %d images failed", len(batch))
+            drain(self._model.device)
             error = TriptychError(f"the vision model failed: {type(exc).__name__}: {exc}")
             now = time.time()
             return BatchResult(slots, began, now, now, dict.fromkeys(slots, error))
-        return BatchResult(slots, began, encoded, time.time(), errors)
 
     def _copy(self, batch: Sequence[Job], embeddings: list[Tensor]) -> dict[int, TriptychError]:
         errors: dict[int, TriptychError] = {}

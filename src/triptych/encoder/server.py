@@ -17,8 +17,8 @@ from triptych.models.loading import identity, load_encoder
 from triptych.models.vision import VisionModel
 from triptych.stage import Stage
 from triptych.transfer.channel import Channel
+from triptych.transfer.device_region import open_region
 from triptych.transfer.producer import Producer
-from triptych.transfer.region import Region
 from triptych.transfer.transports.choice import open_transports
 from triptych.transfer.transports.http import transfer_route
 
@@ -29,7 +29,7 @@ class EncoderWorker:
     def __init__(
         self, stage: Stage, config: EncoderConfig, processor: Processor, model: VisionModel
     ) -> None:
-        self.region = Region(config.pool_mib * MIB, stage.nonce)
+        self.region = open_region(config.pool_mib * MIB, stage.nonce, model.device)
         self._transports = open_transports(
             config.network.transport,
             self.region,

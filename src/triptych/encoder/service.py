@@ -33,7 +33,7 @@ from triptych.refs import EmbeddingRef
 from triptych.request import ItemMeta, Span
 from triptych.transfer.pool import Extent, Pool
 from triptych.transfer.producer import Producer
-from triptych.transfer.region import Region
+from triptych.transfer.region import BaseRegion
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class EncoderService:
         identity: wire.ModelIdentity,
         processor: Processor,
         model: VisionModel,
-        region: Region,
+        region: BaseRegion,
         *,
         producer: Callable[[Callable[[int], None]], Producer],
         report: Callable[[wire.Message], None],

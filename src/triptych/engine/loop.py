@@ -36,6 +36,7 @@ from triptych.engine.scheduler import Scheduler, Work
 from triptych.engine.sequence import Phase, Reservation, Sequence, locate_items
 from triptych.errors import BadRequest, PromptTooLong, TriptychError, WorkerLost
 from triptych.models.language import LanguageModel
+from triptych.models.stream import drain
 
 logger = logging.getLogger(__name__)
 
@@ -337,9 +338,11 @@ class Engine:
         try:
             yield
         except TriptychError as exc:
+            drain(self.model.device)  # before their memory is given away
             for request_id in request_ids:
                 self._fail(request_id, exc)
         except Exception as exc:  # a task boundary: the model may raise anything
             logger.exception("requests %s failed", ", ".join(request_ids))
+            drain(self.model.device)
             for request_id in request_ids:
                 self._fail(request_id, TriptychError(f"{type(exc).__name__}: {exc}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from triptych.models.halves import Half, half_class, half_config
 from triptych.models.identity import identity, read_config, resolve_dtype
 from triptych.models.language import LanguageModel
 from triptych.models.quiet import quiet
+from triptych.models.stream import drain
 from triptych.models.vision import VisionModel
 
 __all__ = ["identity", "load_encoder", "load_language", "resolve_dtype"]
@@ -49,6 +51,8 @@ def _load(config: ModelConfig, half: Half) -> Any:
     checkpoint = read_config(config)
     refusals.check(checkpoint)
     dtype = resolve_dtype(config, checkpoint)
+    if device.type == "cuda":
+        _compute_in_full()
     settings = half_config(checkpoint, half)
     cls = half_class(settings, half)
     with _one_at_a_time, quiet():
@@ -59,6 +63,7 @@ def _load(config: ModelConfig, half: Half) -> Any:
             fill_random(model, DUMMY_SEED)
         else:
             model = _read_weights(cls, settings, config, dtype).to(device)
+    drain(device)  # other threads use the weights on streams of their own
     model.eval().requires_grad_(False)
     size = sum(p.nbytes for p in model.parameters()) / (1 << 20)
     log.info("loaded the %s half of %s: %.0f MiB of %s", half, config.model, size, dtype)
@@ -82,6 +87,14 @@ def _read_weights(cls: Any, settings: Any, config: ModelConfig, dtype: torch.dty
             f"the weights of {config.model} lack {len(missing)} tensors, {missing[0]} among them"
         )
     return model
+
+
+def _compute_in_full() -> None:
+    """float32 means float32: convolutions would be computed in TF32 by default."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions of torch announce another spelling
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def _device(name: str) -> torch.device:

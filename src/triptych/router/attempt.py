@@ -7,7 +7,7 @@ from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from triptych import wire
-from triptych.errors import TransferFailed, TriptychError, WorkerLost
+from triptych.errors import PeerUnproven, TransferFailed, TriptychError, WorkerLost
 from triptych.router.client import WorkerClient
 from triptych.router.inbox import Inboxes, StageFailed
 from triptych.router.membership import Membership, Worker
@@ -102,7 +102,7 @@ class Attempt:
     def suspect(self, failure: StageFailed) -> Worker:
         """The worker to do without: who reports that bytes did not come is not who lost them."""
         error = failure.error
-        if failure.reported and isinstance(error, WorkerLost | TransferFailed):
+        if failure.reported and isinstance(error, WorkerLost | TransferFailed | PeerUnproven):
             if error.item is not None and 0 <= error.item < len(self.encoders):
                 return self.encoders[error.item]
             if failure.worker.role == "decode":

@@ -23,7 +23,7 @@ from triptych.errors import PeerRefused, TransferFailed, TriptychError
 from triptych.request import Span
 from triptych.transfer.consumer import Consumer
 from triptych.transfer.pool import Extent, Pool
-from triptych.transfer.region import Region
+from triptych.transfer.region import BaseRegion
 
 logger = logging.getLogger(__name__)
 OnFailed = Callable[[str, TriptychError], None]
@@ -36,7 +36,7 @@ class EmbeddingFeed:
     def __init__(
         self,
         consumer: Consumer,
-        region: Region,
+        region: BaseRegion,
         landing: Pool,
         engine: Engine,
         timeouts: Timeouts,

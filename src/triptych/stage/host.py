@@ -30,8 +30,8 @@ from triptych.request import Span
 from triptych.stage.feed import EmbeddingFeed
 from triptych.stage.shell import Stage
 from triptych.transfer.consumer import Consumer
+from triptych.transfer.device_region import open_region
 from triptych.transfer.pool import Pool
-from triptych.transfer.region import Region
 from triptych.transfer.transports.choice import open_transports
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class EngineHost:
         self._on_failed = on_failed
         self._loop: asyncio.AbstractEventLoop | None = None
         kv_nbytes, landing_nbytes = config.kv_mib * MIB, landing_mib * MIB
-        self.region = Region(kv_nbytes + landing_nbytes, stage.nonce)
+        self.region = open_region(kv_nbytes + landing_nbytes, stage.nonce, model.device)
         self.kv_offset = self.region.carve(kv_nbytes)
         memory = self.region.tensor(self.kv_offset, (kv_nbytes,), torch.uint8)
         self.engine = Engine(model, memory, config, self._from_engine)

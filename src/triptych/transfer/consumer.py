@@ -27,7 +27,7 @@ from triptych.refs import AnyRef, EmbeddingRef
 from triptych.states import PULL, PullEvent, PullState, advance
 from triptych.transfer.channel import Channel, OnLost, OnMessage
 from triptych.transfer.mover import Mover
-from triptych.transfer.region import Region
+from triptych.transfer.region import BaseRegion
 from triptych.transfer.transports.base import Link, Peer, Read, Transport, probe
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class Consumer:
     """
 
     def __init__(
-        self, dialer: Dialer, region: Region, transports: Mapping[str, Transport],
+        self, dialer: Dialer, region: BaseRegion, transports: Mapping[str, Transport],
         timeouts: Timeouts,
     ) -> None:  # fmt: skip
         if timeouts.lease <= timeouts.transfer:

@@ -29,7 +29,7 @@ from starlette.websockets import WebSocket
 
 from triptych import wire
 from triptych.config import Timeouts
-from triptych.errors import PeerRefused, WorkerLost
+from triptych.errors import PeerRefused, PeerUnproven, WorkerLost
 from triptych.transfer.channel import Channel, OnLost, OnMessage, OnOpen, Sessions
 from triptych.transfer.sockets import ClientSocket, ServerSocket, Socket, SocketClosed
 
@@ -82,7 +82,7 @@ async def dial(
     except msgspec.MsgspecError as exc:
         raise PeerRefused(f"{url}: not the handshake of version {wire.VERSION}: {exc}") from exc
     except PeerRefused as exc:
-        raise PeerRefused(f"{url}: {exc.message}") from exc
+        raise type(exc)(f"{url}: {exc.message}") from exc
     channel = Channel(socket, welcome.session, token, welcome, timeouts, on_message)
     if sessions is not None:
         sessions.add(channel)
@@ -158,13 +158,14 @@ async def _introduce(socket: Socket, hello: wire.Hello, secret: bytes) -> tuple[
     await socket.send(wire.encode(msgspec.structs.replace(hello, proof=proof)))
     answer = wire.decode_channel(await _receive(socket))
     if isinstance(answer, wire.Refused):
-        raise PeerRefused(f"refused: {answer.reason}")
+        kind = PeerUnproven if answer.reason == _UNPROVEN else PeerRefused
+        raise kind(f"refused: {answer.reason}")
     if not isinstance(answer, wire.Welcome):
         raise PeerRefused(f"{type(answer).__name__} instead of a welcome")
     claimed = wire.encode(msgspec.structs.replace(answer, proof="")).hex()
     expected = wire.proof(secret, "listen", nonces, claimed)
     if not _equal(expected, answer.proof):
-        raise PeerRefused(_UNPROVEN)
+        raise PeerUnproven(_UNPROVEN)
     return answer, wire.session_token(secret, nonces)
 
 
@@ -184,7 +185,7 @@ async def _examine(
         nonces = (nonce, _checked(hello.nonce))
         claimed = wire.encode(msgspec.structs.replace(hello, proof="")).hex()
         if not _equal(wire.proof(secret, "dial", nonces, claimed), hello.proof):
-            raise PeerRefused(_UNPROVEN)
+            raise PeerUnproven(_UNPROVEN)
         if (reason := check(hello)) is not None:
             raise PeerRefused(reason)
     except msgspec.MsgspecError as exc:
@@ -229,7 +230,7 @@ def _check_version(frame: bytes) -> None:
 def _checked(nonce: str) -> str:
     # Only this form, so that the texts under the proofs cannot be cut in two ways.
     if _NONCE.fullmatch(nonce) is None:
-        raise PeerRefused(_UNPROVEN)
+        raise PeerUnproven(_UNPROVEN)
     return nonce
 
 

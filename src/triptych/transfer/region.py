@@ -12,6 +12,8 @@ import itertools
 import math
 import mmap
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 
@@ -37,18 +39,71 @@ def probe_page(nonce: str) -> bytes:
     return f"triptych:{nonce}".encode().ljust(PAGE, b"\0")
 
 
-class Region:
-    """Host memory of one process. Owned by the process that made it; peers only read it.
+class BaseRegion(ABC):
+    """Memory of one process, wherever it is. Owned by the process that made it; peers only read it.
 
     ``nbytes`` of areas (each rounded up to pages) can be carved. Two pages come on top: the probe
     page at offset 0 with the process's ``nonce``, and the scratch page at ``SCRATCH``.
-    All pages are present when this returns. Raises ConfigError when there is not enough memory.
     """
+
+    device: torch.device
+    address: int
+    """Of the first byte, in this process."""
 
     def __init__(self, nbytes: int, nonce: str) -> None:
         self.nbytes = round_up(nbytes) + _FIRST
         """Size of the whole mapping."""
         self.nonce = nonce
+        self._next = _FIRST
+        self._cells = itertools.cycle(range(SCRATCH, SCRATCH + PAGE, PROBE_NBYTES))
+
+    def carve(self, nbytes: int) -> int:
+        """Offset of a new area of ``nbytes``, aligned to pages. Areas are never given back."""
+        offset, self._next = self._next, self._next + round_up(nbytes)
+        if self._next > self.nbytes:
+            raise ConfigError(f"a region of {self.nbytes} bytes has no room for {nbytes} more")
+        return offset
+
+    def scratch(self) -> int:
+        """Offset of a cell for one probe. Any thread; a cell comes back after 63 others."""
+        return next(self._cells)
+
+    def check(self, offset: int, nbytes: int) -> None:
+        """Raises ValueError unless the range lies inside the region."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
+            raise ValueError(f"{offset}+{nbytes} is outside a region of {self.nbytes} bytes")
+
+    @abstractmethod
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The memory at ``offset`` as a tensor, without a copy. The offset must be aligned."""
+
+    @abstractmethod
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """A copy of the bytes in host memory. Any thread. Raises ValueError outside the region."""
+
+    @abstractmethod
+    def incoming(self, offset: int, nbytes: int) -> Iterator[memoryview]:
+        """Host memory to fill with what is to stand at ``offset``, part by part in order.
+
+        A part is in the region when the next one is asked for. Any thread. Raises ValueError
+        outside the region.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Idempotent. Views and tensors that still exist keep the memory alive."""
+
+
+class Region(BaseRegion):
+    """Host memory.
+
+    All pages are present when this returns. Raises ConfigError when there is not enough memory.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, nbytes: int, nonce: str) -> None:
+        super().__init__(nbytes, nonce)
         if self.nbytes > (limit := available()):
             # The kernel would rather kill some process than refuse the pages.
             raise ConfigError(
@@ -65,21 +120,7 @@ class Region:
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
         fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        """Of the first byte, in this process."""
         self._map[:PAGE] = probe_page(nonce)
-        self._next = _FIRST
-        self._cells = itertools.cycle(range(SCRATCH, SCRATCH + PAGE, PROBE_NBYTES))
-
-    def carve(self, nbytes: int) -> int:
-        """Offset of a new area of ``nbytes``, aligned to pages. Areas are never given back."""
-        offset, self._next = self._next, self._next + round_up(nbytes)
-        if self._next > self.nbytes:
-            raise ConfigError(f"a region of {self.nbytes} bytes has no room for {nbytes} more")
-        return offset
-
-    def scratch(self) -> int:
-        """Offset of a cell for one probe. Any thread; a cell comes back after 63 others."""
-        return next(self._cells)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Writable bytes ``offset .. offset + nbytes``. Raises ValueError outside the region."""
@@ -87,20 +128,20 @@ class Region:
         return memoryview(self._map)[offset : offset + nbytes]
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """The memory at ``offset`` as a tensor, without a copy. The offset must be aligned."""
         count = math.prod(shape)
         view = self.view(offset, count * dtype.itemsize)
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(view, dtype=dtype).view(shape)
 
-    def check(self, offset: int, nbytes: int) -> None:
-        """Raises ValueError unless the range lies inside the region."""
-        if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
-            raise ValueError(f"{offset}+{nbytes} is outside a region of {self.nbytes} bytes")
+    def read(self, offset: int, nbytes: int) -> bytes:
+        return bytes(self.view(offset, nbytes))
+
+    def incoming(self, offset: int, nbytes: int) -> Iterator[memoryview]:
+        yield self.view(offset, nbytes)
 
     def close(self) -> None:
-        """Give up the descriptor. Views and tensors that still exist keep the memory alive."""
+        """Give up the descriptor too."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from triptych.config import Timeouts
 from triptych.errors import TransferFailed
-from triptych.transfer.region import PROBE_NBYTES, Region, probe_page
+from triptych.transfer.region import PROBE_NBYTES, BaseRegion, probe_page
 from triptych.wire import TransportOffer
 
 
@@ -80,7 +80,7 @@ def host_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
-def check_bounds(pieces: Sequence[Read], remote_nbytes: int, region: Region) -> None:
+def check_bounds(pieces: Sequence[Read], remote_nbytes: int, region: BaseRegion) -> None:
     """Raises TransferFailed unless every piece lies inside both regions."""
     for piece in pieces:
         if piece.remote < 0 or piece.nbytes < 0 or piece.remote + piece.nbytes > remote_nbytes:
@@ -91,12 +91,12 @@ def check_bounds(pieces: Sequence[Read], remote_nbytes: int, region: Region) -> 
             raise TransferFailed(str(exc)) from exc
 
 
-def probe(link: Link, region: Region, nonce: str, timeout_s: float) -> None:
+def probe(link: Link, region: BaseRegion, nonce: str, timeout_s: float) -> None:
     """Read the start of the peer's probe page and see whether it is the process we talk to.
 
     Raises TransferFailed.
     """
     cell = region.scratch()
     link.read([Read(0, cell, PROBE_NBYTES)], timeout_s)
-    if region.view(cell, PROBE_NBYTES) != probe_page(nonce)[:PROBE_NBYTES]:
+    if region.read(cell, PROBE_NBYTES) != probe_page(nonce)[:PROBE_NBYTES]:
         raise TransferFailed("the memory behind the offer is not that of the peer")

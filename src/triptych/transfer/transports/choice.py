@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 from triptych.config import TransportName
-from triptych.transfer.region import Region
+from triptych.errors import ConfigError
+from triptych.transfer.region import BaseRegion, Region
 from triptych.transfer.transports.base import Transport
 from triptych.transfer.transports.http import HttpTransport
-from triptych.transfer.transports.mooncake import MooncakeTransport
+from triptych.transfer.transports.mooncake import MooncakeTransport, has_nvlink
 from triptych.transfer.transports.shm import ShmTransport
 
 
 def open_transports(
-    name: TransportName, region: Region, *, url: str, host: str
+    name: TransportName, region: BaseRegion, *, url: str, host: str
 ) -> dict[str, Transport]:
     """By kind, best first: for what this process offers and for what it reads.
 
-    "auto" leaves out mooncake, whose TCP is not authenticated; any other name is that one alone.
-    ``url``: base URL of this process's server; ``host``: its name for peers.
-    Raises ConfigError when the one asked for cannot be had here.
+    "auto" leaves out mooncake where it is not NVLink: its TCP is not authenticated. Any other
+    name is that one alone. ``url``: base URL of this process's server; ``host``: its name for
+    peers. Raises ConfigError when the one asked for cannot be had here.
     """
     if name == "mooncake":
         return {"mooncake": MooncakeTransport(region, host)}
     transports: dict[str, Transport] = {}
-    if name in ("auto", "shm"):
-        transports["shm"] = ShmTransport(region)
+    if isinstance(region, Region):
+        if name in ("auto", "shm"):
+            transports["shm"] = ShmTransport(region)
+    elif name == "shm":
+        raise ConfigError(
+            f"transport shm moves memory of the host, this worker's is on {region.device}: "
+            "mooncake (NVLink) and http move that"
+        )
+    elif name == "auto" and has_nvlink():
+        mooncake = MooncakeTransport(region, host)
+        if mooncake.protocol == "nvlink":
+            transports["mooncake"] = mooncake
+        else:
+            mooncake.close()
     if name in ("auto", "http"):
         transports["http"] = HttpTransport(region, url)
     return transports

@@ -24,7 +24,7 @@ from triptych import wire
 from triptych.config import Timeouts
 from triptych.errors import PeerRefused, TransferFailed
 from triptych.transfer.channel import Channel, Sessions
-from triptych.transfer.region import PROBE_NBYTES, Region
+from triptych.transfer.region import PROBE_NBYTES, BaseRegion
 from triptych.transfer.transports.base import (
     Peer,
     Read,
@@ -43,7 +43,7 @@ MayRead = Callable[[str, Iterable[tuple[int, int]]], bool]
 """(session id, (offset, nbytes) of each piece): ``Producer.may_read``."""
 
 
-def transfer_route(region: Region, sessions: Sessions, may_read: MayRead) -> Route:
+def transfer_route(region: BaseRegion, sessions: Sessions, may_read: MayRead) -> Route:
     """What the producer's server must route for this transport."""
 
     async def transfer(request: Request) -> Response:
@@ -85,13 +85,13 @@ class _Bytes(StreamingResponse):
 
 
 async def _stream(
-    region: Region, session: str, pieces: Sequence[tuple[int, int]], may_read: MayRead
+    region: BaseRegion, session: str, pieces: Sequence[tuple[int, int]], may_read: MayRead
 ) -> AsyncIterator[bytes]:
     for offset, nbytes in pieces:
         for start in range(0, nbytes, _CHUNK):
             step = min(_CHUNK, nbytes - start)
             if (offset, nbytes) == _PROBE or may_read(session, [(offset, nbytes)]):
-                yield bytes(region.view(offset + start, step))
+                yield region.read(offset + start, step)
             else:
                 # The lease ended on the way, so the memory may be someone else's by now. The
                 # consumer's validation will refuse what it read.
@@ -116,7 +116,7 @@ class HttpTransport:
 
     kind = "http"
 
-    def __init__(self, region: Region, url: str) -> None:
+    def __init__(self, region: BaseRegion, url: str) -> None:
         self._region = region
         self._url = url
 
@@ -136,7 +136,7 @@ class HttpTransport:
 class HttpLink:
     """One connection, kept between reads."""
 
-    def __init__(self, peer: Peer, nbytes: int, region: Region, connect_s: float) -> None:
+    def __init__(self, peer: Peer, nbytes: int, region: BaseRegion, connect_s: float) -> None:
         parts = urlsplit(peer.url)
         assert parts.hostname is not None
         kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
@@ -184,13 +184,16 @@ class HttpLink:
             if response.length != nbytes:
                 raise TransferFailed(f"GET {self._path}: {response.length} bytes, not {nbytes}")
             for piece in pieces:
-                view = self._region.view(piece.local, piece.nbytes)
-                while view:
-                    self._limit(deadline)
-                    count = response.readinto(view[:_CHUNK])
-                    if count == 0:
-                        raise TransferFailed(f"GET {self._path}: ended early")
-                    view = view[count:]
+                for view in self._region.incoming(piece.local, piece.nbytes):
+                    self._fill(view, response, deadline)
+
+    def _fill(self, view: memoryview, response: http.client.HTTPResponse, deadline: float) -> None:
+        while view:
+            self._limit(deadline)
+            count = response.readinto(view[:_CHUNK])
+            if count == 0:
+                raise TransferFailed(f"GET {self._path}: ended early")
+            view = view[count:]
 
     def _ask(self, pieces: Sequence[Read], deadline: float) -> http.client.HTTPResponse:
         """Send the request; once more on a new connection when the kept one had been closed."""

@@ -1,26 +1,35 @@
-"""Mooncake Transfer Engine, READ, over RDMA where the host has an adapter, else over TCP.
+"""Mooncake Transfer Engine, READ: GPU memory over NVLink on one host; else RDMA, else TCP.
 
 The engine has no authentication and listens on every interface: it is used only where it was
 asked for by name, on isolated networks, and a peer is contacted only after its channel's
 handshake. Its transfers are one-sided: after one that did not succeed the engine may go on writing
 for a while, which ``quarantine_s`` tells.
+
+The engine knows no CUDA streams: what is offered was seen complete by the host before, and what
+was read is complete when ``read`` returns.
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import logging
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from triptych.config import Timeouts
 from triptych.errors import ConfigError, TransferFailed
-from triptych.transfer.region import Region
+from triptych.transfer.region import BaseRegion
 from triptych.transfer.transports.base import (
+    Link,
     Peer,
     Read,
     TransportUnavailable,
@@ -52,64 +61,141 @@ _SETTINGS = {
     "GLOG_minloglevel": "2",
 }
 """Read by the engine once, when the first one of the process is made."""
+_NVLINK = ("MC_INTRANODE_NVLINK", "MC_INTRA_NVLINK")
+"""Either name, by version; the engine then moves device memory by CUDA IPC and nothing else."""
 _IN_FLIGHT = 256
 """Pieces submitted at once; the engine queues 1,024 for a peer."""
 _SPINS = 20
 _SLEEP_S = (20e-6, 500e-6)
 """First and longest sleep between two looks at a transfer."""
 
+
+class _Engine(NamedTuple):
+    engine: TransferEngine
+    protocol: str
+    """What it moves bytes by: "nvlink", "rdma" or "tcp"."""
+
+
 _lock = threading.Lock()
-_engines: list[TransferEngine] = []
+_engines: list[_Engine] = []
 """At most one: the engine is one per process, whatever roles the process holds."""
 
 
-def _engine(host: str) -> TransferEngine:
-    """The process's engine; ``host`` counts for the first call. Raises ConfigError."""
+def has_nvlink() -> bool:
+    """Whether the package is here and can move GPU memory over NVLink."""
+    try:
+        return bool(_package().SUPPORT_INTRA_NVLINK)
+    except ConfigError as exc:
+        logger.info("%s", exc.message)
+        return False
+
+
+def _package() -> Any:
+    """Raises ConfigError."""
+    try:
+        return importlib.import_module("mooncake.engine")
+    except ImportError as exc:
+        raise ConfigError(
+            f"transport mooncake needs the package extra triptych[mooncake], on CUDA "
+            f"triptych[mooncake-cuda], and the system libraries libibverbs1 libnuma1 libcurl4: "
+            f"{exc}"
+        ) from exc
+
+
+def _engine(host: str, device: torch.device) -> _Engine:
+    """The process's engine; the arguments count for the first call. Raises ConfigError."""
     with _lock:
         if _engines:
             return _engines[0]
-        for name, value in _SETTINGS.items():
-            os.environ.setdefault(name, value)
-        if not any(Path("/sys/class/infiniband").glob("*")):
-            os.environ.setdefault("MC_FORCE_TCP", "1")
-        try:
-            from mooncake.engine import TransferEngine
-        except ImportError as exc:
+        package = _package()
+        if device.type == "cuda" and not package.SUPPORT_CUDA:
             raise ConfigError(
-                f"transport mooncake needs the package extra triptych[mooncake] and the system "
-                f"libraries libibverbs1 libnuma1 libcurl4: {exc}"
-            ) from exc
-        engine = TransferEngine()
+                "the Mooncake package installed moves host memory alone: GPU memory needs "
+                "triptych[mooncake-cuda] in its place"
+            )
+        _choose(device)
+        engine = package.TransferEngine()
         # The protocol's name chooses nothing here; the settings and the adapters do.
         if engine.initialize(host, "P2PHANDSHAKE", "tcp", "") != 0:
             raise ConfigError(f"the Mooncake engine does not start on {host!r}")
-        _engines.append(engine)
-        return engine
+        protocol = _protocol(engine)
+        logger.info("the Mooncake engine on %s moves bytes by %s", host, protocol)
+        _engines.append(_Engine(engine, protocol))
+        return _engines[0]
+
+
+def _choose(device: torch.device) -> None:
+    """Set what makes the engine take NVLink, RDMA or TCP; what the user has set stays."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    adapters = _has_adapters()
+    if device.type == "cuda" and not adapters and "MC_FORCE_TCP" not in os.environ:
+        for name in _NVLINK:
+            os.environ.setdefault(name, "1")
+    elif not adapters and not any(name in os.environ for name in _NVLINK):
+        os.environ.setdefault("MC_FORCE_TCP", "1")
+
+
+def _has_adapters() -> bool:
+    return any(Path("/sys/class/infiniband").glob("*"))
+
+
+def _protocol(engine: TransferEngine) -> str:
+    """What the engine has taken, whatever it was told to: it does not say, but over NVLink, and
+    only then, it refuses to register memory of the host (and prints that as an error)."""
+    if any(name in os.environ for name in _NVLINK):
+        page = ctypes.create_string_buffer(4096)
+        address = ctypes.addressof(page)
+        if engine.batch_register_memory([address], [len(page)]) != 0:
+            return "nvlink"
+        engine.batch_unregister_memory([address])
+    return "rdma" if _has_adapters() and "MC_FORCE_TCP" not in os.environ else "tcp"
 
 
 class MooncakeTransport:
-    """``host``: name or address under which peers reach this process's engine."""
+    """``host``: name or address under which peers reach this process's engine.
+
+    ``protocol``: what moves the bytes. Raises ConfigError.
+    """
 
     kind = "mooncake"
 
-    def __init__(self, region: Region, host: str) -> None:
+    def __init__(self, region: BaseRegion, host: str) -> None:
         self._region = region
         self._host = host
-        self._engine = _engine(host)
         self._registered = False
-        if self._engine.batch_register_memory([region.address], [region.nbytes]) != 0:
-            raise ConfigError("the Mooncake engine does not register this process's region")
+        with _current(region.device):
+            self._engine, self.protocol = _engine(host, region.device)
+            if self._engine.batch_register_memory([region.address], [region.nbytes]) != 0:
+                raise ConfigError(
+                    f"the Mooncake engine ({self.protocol}) does not register this process's "
+                    f"{region.device.type} memory"
+                )
         self._registered = True
 
     def offer(self) -> TransportOffer:
-        address = f"{self._host}:{self._engine.get_rpc_port()}"
-        region = self._region
-        return TransportOffer(self.kind, host_id(), address, region.address, region.nbytes)
+        return TransportOffer(
+            kind=self.kind,
+            host=host_id(),
+            address=f"{self._host}:{self._engine.get_rpc_port()}",
+            base=self._region.address,
+            nbytes=self._region.nbytes,
+            protocol=self.protocol,
+        )
 
-    def connect(self, offer: TransportOffer, peer: Peer, timeouts: Timeouts) -> MooncakeLink:
+    def connect(self, offer: TransportOffer, peer: Peer, timeouts: Timeouts) -> Link:
         if ":" not in offer.address:
             raise TransportUnavailable(f"not an engine's address: {offer.address!r}")
-        return MooncakeLink(self._engine, offer, self._region)
+        if offer.protocol != self.protocol:
+            raise TransportUnavailable(
+                f"the peer's engine moves bytes by {offer.protocol!r}, this one by "
+                f"{self.protocol!r}"
+            )
+        if self.protocol != "nvlink":
+            return MooncakeLink(self._engine, offer, self._region)
+        if offer.host != host_id():
+            raise TransportUnavailable("NVLink does not reach a peer on another host")
+        return NvlinkLink(self._engine, offer, self._region)
 
     def close(self) -> None:
         if self._registered:
@@ -117,8 +203,53 @@ class MooncakeTransport:
             self._engine.batch_unregister_memory([self._region.address])
 
 
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """The device that CUDA calls of this thread mean, for as long as it is entered."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class NvlinkLink:
+    """Copies between GPUs (or within one): each call returns when its copies are done."""
+
+    def __init__(self, engine: TransferEngine, offer: TransportOffer, region: BaseRegion) -> None:
+        self._engine = engine
+        self._offer = offer
+        self._region = region
+        self._aborted = False
+
+    def read(self, pieces: Sequence[Read], timeout_s: float) -> None:
+        check_bounds(pieces, self._offer.nbytes, self._region)
+        deadline = time.monotonic() + timeout_s
+        wanted = [piece for piece in pieces if piece.nbytes]
+        with _current(self._region.device):
+            for start in range(0, len(wanted), _IN_FLIGHT):
+                if self._aborted:
+                    raise TransferFailed("the peer is lost")
+                if time.monotonic() > deadline:
+                    raise TransferFailed(f"not read within {timeout_s:g} s")
+                part = wanted[start : start + _IN_FLIGHT]
+                status = self._engine.batch_transfer_sync_read(
+                    self._offer.address,
+                    [self._region.address + piece.local for piece in part],
+                    [self._offer.base + piece.remote for piece in part],
+                    [piece.nbytes for piece in part],
+                )
+                if status != 0:
+                    raise TransferFailed(
+                        f"the engine ended a read with status {status}", quarantine_s=_QUARANTINE_S
+                    )
+
+    def abort(self) -> None:
+        self._aborted = True
+
+    def close(self) -> None:
+        """The engine keeps the peer's memory mapped; nothing of ours is open."""
+
+
 class MooncakeLink:
-    def __init__(self, engine: TransferEngine, offer: TransportOffer, region: Region) -> None:
+    """Reads by RDMA or TCP, submitted and polled."""
+
+    def __init__(self, engine: TransferEngine, offer: TransportOffer, region: BaseRegion) -> None:
         self._engine = engine
         self._offer = offer
         self._region = region

@@ -1,0 +1,44 @@
+"""Work queued on a device by one thread, and waiting for it. On a CPU there is never any left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+
+import torch
+
+
+class Stream:
+    """A CUDA stream of its owner's; on a CPU, nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def entered(self) -> AbstractContextManager[object]:
+        """Kernels of this thread go to the stream while this is entered."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def mark(self) -> Callable[[], float]:
+        """A function that waits until all that was queued before is computed, and returns the
+        wall-clock time at which the host saw it."""
+        if self._stream is None:
+            now = time.time()
+            return lambda: now
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+
+        def wait() -> float:
+            event.synchronize()
+            return time.time()
+
+        return wait
+
+
+def drain(device: torch.device) -> None:
+    """Wait until nothing that this process has queued can touch the device's memory any more."""
+    if device.type == "cuda":
+        with suppress(RuntimeError):  # a device that has failed computes nothing more either
+            torch.cuda.synchronize(device)
