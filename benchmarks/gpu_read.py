@@ -115,6 +115,7 @@ def pieces(link: Link, offset: int, target: torch.Tensor, expected: torch.Tensor
 
 def copy(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(source)
+    torch.cuda.synchronize(source.device)
     torch.cuda.synchronize(target.device)
 
 

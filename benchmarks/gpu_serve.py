@@ -40,7 +40,7 @@ from triptych.launch import Children
 
 MAX_TOKENS = 24
 PROMPT = "What is different between these pictures?"
-LOG_LINE = re.compile(r"moves bytes by|reading from|self-test|segment of|ERROR|Error|error:")
+LOG_LINE = re.compile(r"moves bytes by|reading from|segment of| ERROR |^E\d{4} |^\w*Error|error: ")
 LOG_LINES = 12
 """Most lines shown of one log."""
 
@@ -83,6 +83,7 @@ class Check:
         self.folder = folder
         self.console = Console(width=150, highlight=False, markup=False)
         self.failed: list[str] = []
+        self.results: list[str] = []
         self._secrets = secrets_from_environment(make=True)
 
     async def run(self) -> bool:
@@ -132,7 +133,8 @@ class Check:
                     answer = await self.ask(client, pictures)
                     answers.append(answer)
                     spans = await client.timeline(answer.request_id)
-                    self.show(name, answer, spans, pictures)
+                    table = arrangement.topology == "E/P/D" and arrangement.dtype == "float32"
+                    self.show(name, answer, spans, pictures, table=table)
         return answers
 
     async def ask(self, client: Client, pictures: Sequence[Picture]) -> Answer:
@@ -140,20 +142,26 @@ class Check:
         return await client.ask(body, lambda piece: None)
 
     def show(
-        self, name: str, answer: Answer, spans: list[dict[str, Any]], pictures: Sequence[Picture]
+        self,
+        name: str,
+        answer: Answer,
+        spans: list[dict[str, Any]],
+        pictures: Sequence[Picture],
+        *,
+        table: bool,
     ) -> None:
         reads = [span for span in spans if span["name"] in ("read", "kv_read")]
         moved = {span["transport"] for span in reads}
         nbytes = sum(span["nbytes"] for span in reads)
         self.console.print(
-            f"{name}: {len(answer.tokens)} tokens, first after {answer.first_token_s * 1e3:.0f} ms, "
-            f"all after {answer.total_s * 1e3:.0f} ms; {nbytes:,} bytes by {moved or 'nothing'}"
+            f"{name}: {len(answer.tokens)} tokens, first after {answer.first_token_s * 1e3:.0f} "
+            f"ms, all after {answer.total_s * 1e3:.0f}; {nbytes:,} bytes by {moved or 'nothing'}"
         )
         encoded = {s["item"]: s["end_ms"] for s in spans if s["name"] == "encode"}
         landed = {s["item"]: s["end_ms"] for s in spans if s["name"] == "read"}
         waits = [f"{landed[i] - encoded[i]:.2f}" for i in sorted(landed.keys() & encoded.keys())]
         self.console.print(f"forward seen complete to rows landed, ms: {', '.join(waits)}")
-        if name == "warm":
+        if name == "warm" and table:
             self.console.print(timeline_table(spans, [picture.name for picture in pictures]))
 
     def show_logs(self, logs: Path) -> None:
@@ -173,11 +181,11 @@ class Check:
     ) -> None:
         """Tokens of the two, request by request; in bfloat16 a difference is only told."""
         if not answers or not others:
-            self.console.print(f"COMPARED NOTHING: {one} with {other}")
+            self.results.append(f"COMPARED NOTHING: {one} | {other}")
             return
         for name, a, b in zip(("cold", "warm"), answers, others, strict=True):
             equal, line = verdict(a, b)
-            self.console.print(f"RESULT {name}, {one} with {other}: {line}")
+            self.results.append(f"{name}: {one} | {other}: {line}")
             if strict and not equal:
                 self.failed.append(f"{one} and {other} differ")
 
@@ -200,6 +208,8 @@ async def main(config: Config) -> int:
         model = config.model or make_tiny_model(Path(folder) / "model", config.family)
         check = Check(Config(model, config.device, config.family), Path(folder))
         good = await check.run()
+    for line in check.results:
+        print(line)
     for line in check.failed:
         print(f"FAILED {line}")
     print("gpu_serve: " + ("all good" if good else "NOT all good"))

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 
+import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, WebSocketRoute
@@ -19,13 +20,14 @@ from triptych import wire
 from triptych.config import Timeouts, TransportName
 from triptych.transfer.channel import Channel, OnLost, OnMessage, Sessions
 from triptych.transfer.consumer import Consumer
+from triptych.transfer.device_region import open_region
 from triptych.transfer.handshake import Listener, dial
 from triptych.transfer.producer import Producer
-from triptych.transfer.region import Region
 from triptych.transfer.transports.choice import open_transports
 from triptych.transfer.transports.http import transfer_route
 
 SECRET = b"0123456789abcdef0123456789abcdef"
+CPU = torch.device("cpu")
 FAST = replace(Timeouts(), heartbeat=0.05, silence=5.0, handshake=5.0)
 IDENTITY = wire.ModelIdentity("tiny", "f" * 8, "float32", "pil")
 
@@ -84,12 +86,13 @@ class Worker:
         *,
         port: int = 0,
         advertised: str | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.socket, self.url = bound(port)
         self.url = advertised or self.url
         self.nonce = secrets.token_hex(16)
         self.timeouts = timeouts
-        self.region = Region(nbytes, self.nonce)
+        self.region = open_region(nbytes, self.nonce, device)
         self.sessions = Sessions()
         self.idle: list[int] = []
         self.producer = Producer(self.url, self.nonce, timeouts, self.idle.append)
@@ -159,7 +162,7 @@ class Puller:
         timeouts: Timeouts = FAST,
         secret: bytes = SECRET,
     ) -> None:
-        self.region = Region(nbytes, secrets.token_hex(16))
+        self.region = open_region(nbytes, secrets.token_hex(16), CPU)
         self.area = self.region.carve(nbytes)
         self.transports = open_transports(
             transport, self.region, url="http://127.0.0.1:1", host="127.0.0.1"

@@ -33,6 +33,7 @@ COMMANDS: dict[str, type[Any]] = {
     "decode": c.DecodeConfig,
     "language": c.LanguageConfig,
     "demo": c.DemoConfig,
+    "bench": c.BenchConfig,
 }
 DESCRIPTION = "Serve vision-language models with Encode, Prefill and Decode apart."
 EXIT_CONFIG = 2
@@ -79,6 +80,9 @@ def run(config: Any) -> int:
     if isinstance(config, c.DemoConfig):
         demo = importlib.import_module("triptych.demo.run")
         return int(asyncio.run(demo.run(config)))
+    if isinstance(config, c.BenchConfig):
+        bench = importlib.import_module(f"triptych.bench.{config.what}")
+        return int(asyncio.run(bench.run(config)))
     if isinstance(config, c.ServeConfig):
         secrets = c.secrets_from_environment(make=True)
         if config.topology != "EPD":

@@ -258,6 +258,21 @@ class DemoConfig:
     """CPU threads of each process."""
 
 
+@dataclass(frozen=True)
+class BenchConfig:
+    """Measure this installation. ``transfer``: bytes from one process to another, by transport."""
+
+    what: Annotated[Literal["transfer"], tyro.conf.Positional]
+    sizes: tuple[str, ...] = ("64K", "1M", "16M", "64M")
+    """Bytes of one transfer, as in 64K, 16M, 1G."""
+    transports: tuple[Literal["shm", "http", "mooncake"], ...] = ("shm", "http", "mooncake")
+    pieces: tuple[int, ...] = (1, 64)
+    """Pieces that a transfer is cut into: KV arrives in blocks."""
+    repeats: int = 20
+    json: Path | None = None
+    """File for the figures."""
+
+
 def check(config: Any, where: str = "") -> None:
     """Refuse what no field's type can refuse. Called once, before a role starts.
 

@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import pytest
+import torch
 
-from tests.transfer_rig import FAST, SECRET, Worker, hello
+from tests.transfer_rig import CPU, FAST, SECRET, Worker, hello
 from triptych.errors import TransferFailed
 from triptych.transfer.handshake import dial
 from triptych.transfer.region import PAGE, Region
@@ -40,7 +41,8 @@ TIMEOUT_S = 10.0
 class ServerThread:
     """A worker on its own loop, with one open channel whose session may read everything."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU, nbytes: int = AREA) -> None:
+        self._device, self._nbytes = device, nbytes
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._run()))
@@ -49,7 +51,7 @@ class ServerThread:
         assert self._ready.wait(TIMEOUT_S)
 
     async def _run(self) -> None:
-        self.worker = Worker(AREA, transport="http")
+        self.worker = Worker(self._nbytes, transport="http", device=self._device)
         worker = self.worker
         route = transfer_route(worker.region, worker.sessions, lambda session, pieces: True)
         worker.routes = lambda: [*Worker.routes(worker)[:1], route]  # type: ignore[method-assign]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import openai
 import torch
 
@@ -55,3 +57,18 @@ def moved_by(url: str) -> set[str]:
     assert sorted(span["item"] for span in reads if span["name"] == "read") == [0, 1, 2]
     assert all(span["nbytes"] > 0 for span in reads)
     return {span["transport"] for span in reads}
+
+
+def tokens(url: str, seeds: list[int], **sampling: Any) -> list[str]:
+    """The answer to a question about these pictures, token by token; greedy unless told."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    answer = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=question(seeds),  # type: ignore[arg-type]
+        max_tokens=MAX_TOKENS,
+        logprobs=True,
+        extra_body={"temperature": 0, **sampling},
+    )
+    found = answer.choices[0].logprobs
+    assert found is not None and found.content is not None
+    return [token.token for token in found.content]

@@ -8,7 +8,7 @@ import threading
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from triptych.config import (
     DecodeConfig,
@@ -45,6 +45,7 @@ class Cluster:
     encoders: int = 1
     chunk_tokens: int = 512
     kv_mib: int = 8
+    load_format: Literal["auto", "dummy"] = "auto"
     device: str = "cpu"
     dtype: Dtype = "auto"
     timeouts: Timeouts = field(default_factory=Timeouts)
@@ -83,7 +84,7 @@ class Cluster:
     async def _main(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        model = ModelConfig(str(self.model), dtype=self.dtype, device=self.device)
+        model = ModelConfig(str(self.model), self.dtype, self.device, self.load_format)
         router = RouterServer(
             RouterConfig(model, port=0, allow_private_media=True, timeouts=self.timeouts),
             SECRETS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import get_args
 import pytest
 import torch
 
-from tests.end_to_end.checks import check, moved_by
+from tests.end_to_end.checks import check, moved_by, tokens
 from tests.end_to_end.cluster import Cluster
 from tests.end_to_end.reference import Reference
 from triptych.config import TransportName
@@ -55,6 +56,32 @@ def test_families(models, family: str, topology: str) -> None:  # type: ignore[n
     folder, reference = models(family)
     with Cluster(folder, topology, chunk_tokens=40) as cluster:
         check(cluster.url, reference)
+
+
+def test_seeded_sampling_is_the_same_everywhere(models) -> None:  # type: ignore[no-untyped-def]
+    """A draw depends on seed and position, not on who computes it or what runs beside it."""
+    folder, _ = models("qwen3_vl")
+    sampling = {"temperature": 0.9, "top_p": 0.9, "top_k": 50}
+    answers = []
+    for topology, chunk_tokens in (("E/P/D", 24), ("E/PD", 512)):
+        with Cluster(folder, topology, chunk_tokens=chunk_tokens) as cluster:
+            answers.append([tokens(cluster.url, [4, 5], seed=s, **sampling) for s in (7, 7, 8)])
+    assert answers[0] == answers[1]
+    assert answers[0][0] == answers[0][1] != answers[0][2]
+
+
+def test_random_weights_from_a_configuration_alone(  # type: ignore[no-untyped-def]
+    models, tmp_path: Path
+) -> None:
+    """Every process makes the same weights, whichever half it has."""
+    folder, _ = models("qwen3_vl")
+    shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors*"))
+    answers = []
+    for topology in ("E/P/D", "E/PD"):
+        with Cluster(tmp_path / "bare", topology, load_format="dummy") as cluster:
+            answers.append(tokens(cluster.url, [1, 2]))
+    assert answers[0] == answers[1]
+    assert len(answers[0]) > 1
 
 
 @pytest.mark.full

@@ -37,7 +37,7 @@ def mapped() -> int:
 
 
 def left_in_tmp() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("triptych-*"))
+    return set(Path(tempfile.gettempdir()).glob("triptych-*/region"))
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

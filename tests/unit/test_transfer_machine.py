@@ -7,9 +7,6 @@ the slot's own marks is called valid.
 
 from __future__ import annotations
 
-import asyncio
-import selectors
-from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
@@ -18,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from tests.transfer_model import Claim, Clock, Counts, Lent, Waiting
 from triptych import wire
 from triptych.errors import BadMedia, Cancelled
 from triptych.refs import EmbeddingRef
@@ -36,59 +34,6 @@ REQUESTS = 5
 SESSIONS = 3
 NUMBER = st.integers(0, 1 << 16)
 SIZE = st.integers(1, 7)
-
-
-class Clock(asyncio.SelectorEventLoop):
-    """A loop whose time is what we say it is."""
-
-    def __init__(self) -> None:
-        super().__init__(selectors.SelectSelector())
-        self.now = 0.0
-
-    def time(self) -> float:
-        return self.now
-
-    def turn(self) -> None:
-        """Let everything that can go on now, go on."""
-        for _ in range(3):
-            self.call_soon(self.stop)
-            self.run_forever()
-
-
-@dataclass
-class Lent:
-    ref: EmbeddingRef
-    extent: Extent
-    filled: bool = False
-
-
-@dataclass
-class Claim:
-    session: str
-    number: int
-    slot: int
-    request: str
-    ready: bool = False
-    marks: list[int] | None = None
-    """What the pages held when they were read."""
-
-
-@dataclass(eq=False)
-class Waiting:
-    task: asyncio.Task[Extent]
-    request: str
-    passed: int = 0
-
-
-@dataclass
-class Counts:
-    operations: int = 0
-    valid: int = 0
-    expired: int = 0
-    denied: int = 0
-    waited: int = 0
-    passed: int = 0
-    stale_reads: int = 0
 
 
 class Machine(RuleBasedStateMachine):

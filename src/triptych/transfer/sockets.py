@@ -49,8 +49,10 @@ class ClientSocket:
         raise SocketClosed("the peer closed the connection")
 
     async def close(self) -> None:
-        await self._socket.close()
-        await self._session.close()
+        try:
+            await self._socket.close()
+        finally:  # also when a peer that has stopped does not answer and the caller gives up
+            await self._session.close()
 
 
 class ServerSocket:

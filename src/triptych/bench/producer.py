@@ -1,0 +1,126 @@
+"""The other process of ``triptych bench transfer``: lends ready memory to whoever asks."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from multiprocessing.connection import Connection
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+
+from triptych import __version__, wire
+from triptych.config import Timeouts, TransportName
+from triptych.refs import AnyRef
+from triptych.stage.http import HttpServer, bind, url_of
+from triptych.transfer.channel import Channel, Sessions
+from triptych.transfer.handshake import Listener
+from triptych.transfer.producer import Producer
+from triptych.transfer.region import Region
+from triptych.transfer.transports.choice import open_transports
+from triptych.transfer.transports.http import transfer_route
+
+IDENTITY = wire.ModelIdentity("bench", "bench", "float32", "")
+HOLDER = "bench"
+SEED = 7
+
+
+def content(nbytes: int) -> np.ndarray:
+    """What the region holds from its first area on: (nbytes,) uint8, the same in every process."""
+    return np.random.default_rng(SEED).integers(0, 256, nbytes, dtype=np.uint8)
+
+
+def run(pipe: Connection, secret: bytes, name: TransportName, nbytes: int) -> None:
+    """Entry of the child process. Ends when ``pipe`` closes."""
+    asyncio.run(_Lender(pipe, secret, name, nbytes).serve())
+
+
+class _Lender:
+    def __init__(self, pipe: Connection, secret: bytes, name: TransportName, nbytes: int) -> None:
+        self._pipe = pipe
+        self._socket = bind("127.0.0.1", 0)
+        url, self._nonce = url_of(self._socket), secrets.token_hex(16)
+        timeouts = Timeouts()
+        self._region = Region(nbytes, self._nonce)
+        self._offset = self._region.carve(nbytes)
+        self._region.view(self._offset, nbytes)[:] = content(nbytes).tobytes()
+        self._producer = Producer(url, self._nonce, timeouts, self._close_slot)
+        self._transports = open_transports(name, self._region, url=url, host="127.0.0.1")
+        sessions = Sessions()
+        listener = Listener(
+            secret=secret,
+            timeouts=timeouts,
+            sessions=sessions,
+            welcome=self._welcome,
+            check=lambda hello: wire.mismatch(IDENTITY, hello.identity),
+            on_open=lambda channel: None,
+            on_message=lambda channel, message: self._on_message(channel, message),
+            on_lost=lambda channel, reason: self._producer.session_lost(channel.session),
+        )
+        route = transfer_route(self._region, sessions, self._producer.may_read)
+        app = Starlette(routes=[WebSocketRoute("/channel", listener.accept), route])
+        self._server = HttpServer(app, self._socket, drain_s=1.0)
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        closed = asyncio.Event()
+
+        def asked() -> None:
+            try:
+                nbytes, pieces = self._pipe.recv()
+            except EOFError:
+                loop.remove_reader(self._pipe.fileno())
+                closed.set()
+            else:
+                self._pipe.send_bytes(wire.encode(wire.Claim(0, self._lend(nbytes, pieces), "")))
+
+        loop.add_reader(self._pipe.fileno(), asked)
+        serving = asyncio.create_task(self._server.run_until_stopped())
+        await closed.wait()
+        self._producer.close()
+        self._server.stop()
+        await serving
+        for transport in self._transports.values():
+            transport.close()
+        self._region.close()
+
+    def _lend(self, nbytes: int, pieces: int) -> AnyRef:
+        """A slot of ``pieces`` equal pieces that are all ready."""
+        size = nbytes // pieces
+        ref = self._producer.lend_kv(pieces, 1, size, holder=HOLDER, request_id=HOLDER)
+        ready = [wire.Piece(self._offset + i * size, size) for i in range(pieces)]
+        self._producer.ready(ref.slot, ready, last=True)
+        return ref
+
+    def _close_slot(self, slot: int) -> None:
+        self._producer.close_slot(slot)
+
+    def _on_message(self, channel: Channel, message: wire.ChannelMessage) -> None:
+        self._producer.handle(channel, message)
+
+    def _welcome(self) -> wire.Welcome:
+        return wire.Welcome(
+            session="",
+            role="encoder",
+            worker_id="bench-producer",
+            process=self._nonce,
+            proof="",
+            offers=tuple(transport.offer() for transport in self._transports.values()),
+        )
+
+
+def hello() -> wire.Hello:
+    """How the benchmark's consumer introduces itself."""
+    return wire.Hello(
+        version=wire.VERSION,
+        release=__version__,
+        role="prefill",
+        worker_id="bench-consumer",
+        url="http://127.0.0.1:1",
+        nonce="",
+        process=secrets.token_hex(16),
+        identity=IDENTITY,
+        capacity=wire.Capacity(),
+        proof="",
+    )
