@@ -40,7 +40,9 @@ from triptych.launch import Children
 
 MAX_TOKENS = 24
 PROMPT = "What is different between these pictures?"
-LOG_LINE = re.compile(r"moves bytes by|reading from|segment of| ERROR |^E\d{4} |^\w*Error|error: ")
+LOG_LINE = re.compile(
+    r"moves bytes by|reading from|segment of| ERROR | WARNING |^E\d{4} |^\w*Error\b|^error: "
+)
 LOG_LINES = 12
 """Most lines shown of one log."""
 

@@ -130,7 +130,9 @@ def test_a_kernel_sees_what_was_read(pair: Pair) -> None:
 
 
 def test_auto_takes_nvlink_where_it_can_be_had() -> None:
-    transports = open_transports("auto", open_region(PAGE, "n", CUDA), url="http://x:1", host="x")
+    transports = open_transports(
+        "auto", open_region(PAGE, "n", CUDA), url="http://x:1", host="127.0.0.1"
+    )
     assert list(transports) == (["mooncake", "http"] if has_nvlink() else ["http"])
     for transport in transports.values():
         transport.close()
@@ -138,7 +140,7 @@ def test_auto_takes_nvlink_where_it_can_be_had() -> None:
 
 def test_shared_memory_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="shm moves memory of the host"):
-        open_transports("shm", open_region(PAGE, "n", CUDA), url="http://x:1", host="x")
+        open_transports("shm", open_region(PAGE, "n", CUDA), url="http://x:1", host="127.0.0.1")
 
 
 def test_nvlink_is_not_tried_on_another_host() -> None:

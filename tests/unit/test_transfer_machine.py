@@ -138,6 +138,28 @@ class Machine(RuleBasedStateMachine):
             self.settle()
 
     @rule(number=NUMBER)
+    def many_small_ones(self, number: int) -> None:
+        """As long as somebody waits: each of these may pass, but not for ever."""
+        for _ in range(BYPASS + 2):
+            if not self.waiting or (extent := self.pool.try_allocate(PAGE)) is None:
+                break
+            self.settle([(extent, "small")])
+            self.lender.cancel("small", Cancelled("gone"))
+            self.take_back(quarantine=False)
+        self.settle()
+
+    @rule(number=NUMBER)
+    def lend_to_who_has_gone(self, number: int) -> None:
+        if (slot := self.pick(list(self.lent), number)) is not None:
+            self.lender.session_lost("late")
+            before = self.lender.n_leases
+            self.lender.lend_again(slot, ("late", "r0"), self.loop.now)
+            assert self.lender.n_leases == before + 1
+            self.lender.expire(self.loop.now)
+            assert self.lender.n_leases <= before
+        self.settle()
+
+    @rule(number=NUMBER)
     def give_up_waiting(self, number: int) -> None:
         if (waiting := self.pick(self.waiting, number)) is not None:
             waiting.task.cancel()
