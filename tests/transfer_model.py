@@ -5,9 +5,20 @@ from __future__ import annotations
 import asyncio
 import selectors
 from dataclasses import dataclass
+from typing import TypeVar
 
 from triptych.refs import EmbeddingRef
 from triptych.transfer.pool import Extent
+
+T = TypeVar("T")
+PAGE = 4096
+PAGES = 12
+START = 3 * PAGE
+LEASE_S = 60.0
+WAIT_S = 100.0
+QUARANTINE_S = 36.0
+REQUESTS = 5
+SESSIONS = 3
 
 
 class Clock(asyncio.SelectorEventLoop):
@@ -22,9 +33,11 @@ class Clock(asyncio.SelectorEventLoop):
 
     def turn(self) -> None:
         """Let everything that can go on now, go on."""
-        for _ in range(3):
+        while True:
             self.call_soon(self.stop)
             self.run_forever()
+            if not self._ready:  # type: ignore[attr-defined]
+                return
 
 
 @dataclass
@@ -61,3 +74,7 @@ class Counts:
     waited: int = 0
     passed: int = 0
     stale_reads: int = 0
+
+
+def pick(things: list[T], number: int) -> T | None:
+    return things[number % len(things)] if things else None

@@ -232,7 +232,7 @@ async def test_one_that_came_back_on_the_same_address_refuses_old_refs(
             await again.lend(1, 2)
             new = await again.ready_ref(SIZE, 3)
             assert (new.owner, new.slot) == (old.owner, old.slot)
-            with pytest.raises(WorkerLost):
+            with pytest.raises((WorkerLost, TransferFailed)):
                 await consumer.pull(old)
             with pytest.raises(WorkerLost, match="process that is gone"):
                 await consumer.pull(old)

@@ -2,8 +2,8 @@
 
 For each image: room in the landing area, then a pull from its encoder, then the rows go to the
 engine as a view of the landing area. The engine says when it has used (or dropped) them, and the
-room is free again. Room is taken in the order of the images, so that the first image of a request
-never waits for room that its later images hold.
+room is free again. Room is taken in the order of the requests and of their images, so that nobody
+waits for room that is held by somebody who waits for him.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ class EmbeddingFeed:
         self._timeouts = timeouts
         self._on_failed = on_failed
         self._on_spans = on_spans
+        self._turn = asyncio.Lock()
+        """Held by the request that takes room. The engine admits requests in the same order, so
+        whoever holds room is, or will be, ahead of whoever waits for it."""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._extents: dict[tuple[str, int], Extent] = {}
         """Rows that the engine holds."""
@@ -94,7 +97,7 @@ class EmbeddingFeed:
     async def _bring_all(self, request_id: str, items: tuple[wire.PrefillItem, ...]) -> None:
         room: dict[int, Extent] = {}
         try:
-            async with asyncio.TaskGroup() as pulls:
+            async with asyncio.TaskGroup() as pulls, self._turn:
                 for index, item in enumerate(items):
                     room[index] = await self._landing.allocate(
                         item.meta.nbytes, self._timeouts.pool

@@ -57,10 +57,14 @@ _SETTINGS = {
     "MC_TCP_STATUS_TIMEOUT_SEC": str(_PROGRESS_S),
     "MC_TRANSFER_TIMEOUT": str(_OUTER_S),
     "MC_HANDSHAKE_CONNECT_TIMEOUT": "2",
+    # The engine remembers a peer by its port for ever, so a restarted one must not draw the same.
+    "MC_MIN_RPC_PORT": "20000",
+    "MC_MAX_RPC_PORT": "32000",
     "MC_LOG_LEVEL": "WARNING",
     "GLOG_minloglevel": "2",
 }
-"""Read by the engine once, when the first one of the process is made."""
+"""Some are read when the package is loaded, some when the first engine of the process is made.
+What the user has set stays."""
 _NVLINK = ("MC_INTRANODE_NVLINK", "MC_INTRA_NVLINK")
 """Either name, by version; the engine then moves device memory by CUDA IPC and nothing else."""
 _IN_FLIGHT = 256
@@ -92,6 +96,8 @@ def has_nvlink() -> bool:
 
 def _package() -> Any:
     """Raises ConfigError."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         return importlib.import_module("mooncake.engine")
     except ImportError as exc:
@@ -126,8 +132,6 @@ def _engine(host: str, device: torch.device) -> _Engine:
 
 def _choose(device: torch.device) -> None:
     """Set what makes the engine take NVLink, RDMA or TCP; what the user has set stays."""
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
     adapters = _has_adapters()
     if device.type == "cuda" and not adapters and "MC_FORCE_TCP" not in os.environ:
         for name in _NVLINK:
