@@ -17,6 +17,10 @@ from typing import Any, Protocol
 from triptych.config import Secrets, ServeConfig
 from triptych.launch import role_configs
 
+GC_OBJECTS = 20_000
+"""New objects between two looks of the collector; at Python's 700 it looks several times a request,
+at messages that are about to be freed anyway."""
+
 
 class Server(Protocol):
     """What every role's module makes: bound to its address, its model loaded, not serving yet."""
@@ -36,6 +40,7 @@ def create(role: str, config: Any, secrets: Secrets) -> Server:
     made: Server = importlib.import_module(f"triptych.{role}.server").create(config, secrets)
     gc.collect()
     gc.freeze()  # what is loaded lives as long as the process: no need to search it ever again
+    gc.set_threshold(GC_OBJECTS, 20, 20)
     return made
 
 

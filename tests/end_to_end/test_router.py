@@ -27,6 +27,7 @@ from triptych import wire
 from triptych.config import MediaLimits, ModelConfig
 from triptych.demo.tiny import make_tiny_model
 from triptych.errors import BadMedia
+from triptych.router import pipeline
 from triptych.router.prompt import Prompter
 
 
@@ -67,13 +68,26 @@ async def test_four_images_streamed(prompter: Prompter, workers: Any) -> None:
         assert all_idle(d)
 
 
-async def test_known_images_are_not_sent_again(prompter: Prompter) -> None:
+async def test_known_images_are_not_sent_again(
+    prompter: Prompter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "SMALL_NBYTES", 0)
     async with deploy(prompter, *epd()) as d:
         for _ in range(2):
             await d.ask(messages=with_images(*IMAGES))
         asked = [m for n in (0, 1) for m in d.worker("encoder", n).seen("/encode")]
         sent = [i.index for m in asked for i in m.items if i.data is not None]  # type: ignore[attr-defined]
         assert sorted(sent) == [0, 1, 2, 3]
+
+
+async def test_small_images_save_a_trip(prompter: Prompter) -> None:
+    async with deploy(prompter, *epd()) as d:
+        await d.ask(messages=with_images(*IMAGES))
+        calls = [d.worker("encoder", n).seen("/encode") for n in (0, 1)]
+        assert all(len(seen) <= 1 for seen in calls)
+        items = [item for seen in calls for m in seen for item in m.items]  # type: ignore[attr-defined]
+        assert len(items) == len(IMAGES)
+        assert all(item.data is not None for item in items)
 
 
 async def test_whole_answer_usage_and_names(prompter: Prompter) -> None:

@@ -170,8 +170,11 @@ def _places(offset: int, size: int, first: int, pieces: Sequence[wire.Piece]) ->
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table("transport", title="medians; copy: the same bytes within one process")
-    for name in ("size", "pieces", "pull", "read", "GB/s", "copy", "read / copy speed"):
+    table = Table(
+        "transport",
+        title="medians; copy: the same bytes within one process; ratio: speed of read to copy",
+    )
+    for name in ("size", "pieces", "pull", "read", "GB/s", "copy", "ratio"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(

@@ -8,7 +8,6 @@ Proxies, cookies and credentials of this process are not used.
 from __future__ import annotations
 
 import asyncio
-import base64
 import binascii
 import os
 import socket
@@ -18,6 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import aiohttp
+import pybase64
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
@@ -82,7 +82,7 @@ async def _from_data(url: str, limits: MediaLimits) -> bytes:
 
 def _strict_base64(body: str) -> bytes:
     try:
-        return base64.b64decode(body, validate=True)
+        return pybase64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as exc:
         raise BadMedia(f"the data URI is not valid base64 ({exc})") from exc
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -39,6 +40,8 @@ from triptych.router.timelines import Timelines
 
 RETRIES = 2
 """More tries that a request gets on other workers, before its first token."""
+SMALL_NBYTES = 1 << 16
+"""Image files up to here are sent with their digests; of larger ones the encoder is asked first."""
 FETCHES = 8
 """Images of one request that are fetched at the same time."""
 
@@ -156,30 +159,31 @@ class Pipeline:
         pictures: Sequence[Picture],
         indices: Sequence[int],
     ) -> list[wire.EncodedItem]:
-        """Ask one encoder by content first, then send the bytes of what it does not know."""
+        """Ask one encoder by content first, then send the bytes of what it does not know.
 
-        async def ask(indices: Sequence[int], *, send: bool) -> list[wire.EncodedItem]:
+        Small files go along with the question: their bytes cost less than a second trip.
+        """
+
+        async def ask(indices: Sequence[int], up_to: float) -> list[wire.EncodedItem]:
+            sent = {i: pictures[i].data for i in indices if len(pictures[i].data) <= up_to}
             message = wire.EncodeRequest(
                 request_id=attempt.wire_id,
-                items=tuple(
-                    wire.EncodeItem(i, pictures[i].digest, pictures[i].data if send else None)
-                    for i in indices
-                ),
+                items=tuple(wire.EncodeItem(i, pictures[i].digest, sent.get(i)) for i in indices),
                 images_in_request=len(pictures),
             )
-            wait_s = self._timeouts.pool if send else 0.0
+            wait_s = self._timeouts.pool if sent else 0.0
             reply = await attempt.post(
                 worker, "/encode", message, wire.EncodeResponse, wait_s=wait_s
             )
             return list(reply.items)
 
         start = time.time()
-        known = await ask(indices, send=False)
+        known = await ask(indices, SMALL_NBYTES)
         missed = [item.index for item in known if item.miss]
         if missed:
-            known = [item for item in known if not item.miss] + await ask(missed, send=True)
-        note = f"{worker.worker_id}: {len(indices)} images, {len(missed)} sent"
-        nbytes = sum(len(pictures[index].data) for index in missed)
+            known = [item for item in known if not item.miss] + await ask(missed, math.inf)
+        note = f"{worker.worker_id}: {len(indices)} images, {len(missed)} asked for"
+        nbytes = sum(len(pictures[i].data) for i in indices if i in missed or _small(pictures[i]))
         self._span(call, "encode_call", start, nbytes=nbytes, note=note)
         return known
 
@@ -338,6 +342,10 @@ class Pipeline:
         self._timelines.own(
             call.request_id, name, start, time.time(), item=item, nbytes=nbytes, note=note
         )
+
+
+def _small(picture: Picture) -> bool:
+    return len(picture.data) <= SMALL_NBYTES
 
 
 def _digest(data: bytes) -> str:

@@ -37,7 +37,8 @@ class Prompter:
             self._tokenizer = AutoTokenizer.from_pretrained(config.model, **source)
         except (OSError, ValueError) as exc:
             raise UnsupportedModel(f"{config.model} cannot be loaded: {exc}") from exc
-        # Called for every token: Transformers' own decode spends 15 µs around the 2 µs of work.
+        # Called for every prompt and token: Transformers' own code around the work costs more
+        # than the work.
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
         self.placeholder = placeholder(model.model_type, self._tokenizer)
         """What the template writes for an image, replaced by the image's text."""
@@ -110,8 +111,9 @@ class Prompter:
     def _encode(self, text: str) -> list[int]:
         bos = self._tokenizer.bos_token
         has_bos = bos is not None and text.startswith(bos)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
-        return ids
+        if self._backend is not None:
+            return list(self._backend.encode(text, add_special_tokens=not has_bos).ids)
+        return list(self._tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         rendered, _ = render_jinja_template(

@@ -36,7 +36,7 @@ M = TypeVar("M", bound=wire.Message)
 REDIAL_S = 0.25
 """First wait before dialling a router that is not there; doubles up to REDIAL_MAX_S."""
 REDIAL_MAX_S = 2.0
-SPANS_S = 0.02
+SPANS_S = 0.05
 """How long spans may wait for company; the router's timelines allow for it."""
 MAX_BODY = 1 << 30
 """Bytes of the largest request body between roles."""
