@@ -182,7 +182,8 @@ class Pipeline:
         missed = [item.index for item in known if item.miss]
         if missed:
             known = [item for item in known if not item.miss] + await ask(missed, math.inf)
-        note = f"{worker.worker_id}: {len(indices)} images, {len(missed)} asked for"
+        n_known = sum(item.cached for item in known)
+        note = f"{worker.worker_id}: {len(indices)} images, {n_known} known"
         nbytes = sum(len(pictures[i].data) for i in indices if i in missed or _small(pictures[i]))
         self._span(call, "encode_call", start, nbytes=nbytes, note=note)
         return known
