@@ -6,6 +6,7 @@ moves bytes, one-sided, and knows nothing of slots.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,8 @@ from triptych.config import Timeouts
 from triptych.errors import TransferFailed
 from triptych.transfer.region import PROBE_NBYTES, BaseRegion, probe_page
 from triptych.wire import TransportOffer
+
+logger = logging.getLogger(__name__)
 
 
 class TransportUnavailable(TransferFailed):
@@ -94,9 +97,15 @@ def check_bounds(pieces: Sequence[Read], remote_nbytes: int, region: BaseRegion)
 def probe(link: Link, region: BaseRegion, nonce: str, timeout_s: float) -> None:
     """Read the start of the peer's probe page and see whether it is the process we talk to.
 
-    Raises TransferFailed.
+    A read that fails is tried once more: an engine may still hold a connection to a process that
+    had this address before, and finds out only now. Raises TransferFailed.
     """
     cell = region.scratch()
-    link.read([Read(0, cell, PROBE_NBYTES)], timeout_s)
+    try:
+        link.read([Read(0, cell, PROBE_NBYTES)], timeout_s)
+    except TransferFailed as exc:
+        logger.info("probing once more: %s", exc)
+        cell = region.scratch()  # the first may still be written to
+        link.read([Read(0, cell, PROBE_NBYTES)], timeout_s)
     if region.read(cell, PROBE_NBYTES) != probe_page(nonce)[:PROBE_NBYTES]:
         raise TransferFailed("the memory behind the offer is not that of the peer")
