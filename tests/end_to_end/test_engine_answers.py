@@ -17,7 +17,6 @@ from triptych.engine.messages import (
     AddRequest,
     Cancel,
     Message,
-    ReleaseKV,
     Reserve,
     StartDecode,
     StepOutput,
@@ -70,7 +69,7 @@ def test_stop_ids_and_max_tokens_end_the_answer(driver: Driver, text: Case) -> N
     assert [(e.index, e.finish) for e in driver.events("length")] == [(0, ""), (1, "length")]
     assert [event.finish for event in driver.events("one")] == ["length"]
     assert driver.prefilled["kept"].first == driver.events("kept")[0]
-    driver.engine.submit(ReleaseKV("kept"))
+    driver.engine.submit(Cancel("kept"))
     assert driver.is_empty()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.end_to_end.engine_driver import FAMILIES, GREEDY, Case, Driver, Family
 from triptych.config import Dtype, EngineConfig
 from triptych.engine.kv_cache import KVCache
-from triptych.engine.messages import ReleaseKV, Reserve, StartDecode
+from triptych.engine.messages import Cancel, Reserve, StartDecode
 from triptych.engine.selftest import selftest
 
 torch.set_num_threads(1)
@@ -104,7 +104,7 @@ def test_kv_handed_to_another_engine(
         for case in cases:
             hand_over(case, prefill, decode)
         decode.finish(*(case.name for case in cases))
-        prefill.engine.submit(ReleaseKV("unknown"))
+        prefill.engine.submit(Cancel("unknown"))
     assert prefill.free_blocks == prefill.engine.kv.n_blocks
     assert [event.finish for event in prefill.tokens] == ["", "", ""]
     for row, case in zip(first_rows, cases, strict=True):
@@ -131,7 +131,7 @@ def hand_over(case: Case, prefill: Driver, decode: Driver) -> None:
     copy_blocks(prefill.engine.kv, there, decode.engine.kv, here)
     done = prefill.prefilled[name]
     decode.engine.submit(StartDecode(name, n_prompt, done.first, done.next_position, GREEDY))
-    prefill.engine.submit(ReleaseKV(name))
+    prefill.engine.submit(Cancel(name))
 
 
 def copy_blocks(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -15,7 +14,6 @@ from triptych.engine.messages import (
     AddRequest,
     Cancel,
     ItemLanded,
-    ReleaseKV,
     Reserve,
     StartDecode,
 )
@@ -190,12 +188,11 @@ def test_nan_of_one_request_does_not_reach_another(family: Family, text: Case) -
 # ------------------------------------------------------------------ cancel
 
 
-@pytest.mark.parametrize("end", [Cancel, ReleaseKV])
-def test_cancel_while_decoding_is_idempotent(driver: Driver, text: Case, end: Any) -> None:
+def test_cancel_while_decoding_is_idempotent(driver: Driver, text: Case) -> None:
     driver.engine.submit(AddRequest("long", text.token_ids, (), Sampling(max_tokens=900)))
     driver.until(lambda: len(driver.answer("long")) > 3)
     for _ in range(3):
-        driver.engine.submit(end("long"))
+        driver.engine.submit(Cancel("long"))
     assert driver.is_empty()
     assert not driver.ended("long")
 
@@ -253,7 +250,6 @@ def test_messages_for_unknown_requests_are_ignored(driver: Driver) -> None:
     first = TokenEvent("nobody", 0, 1)
     for message in (
         Cancel("nobody"),
-        ReleaseKV("nobody"),
         StartDecode("nobody", 3, first, 3, GREEDY),
     ):
         driver.engine.submit(message)

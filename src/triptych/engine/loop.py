@@ -23,7 +23,6 @@ from triptych.engine.messages import (
     Message,
     Prefilled,
     Progress,
-    ReleaseKV,
     Reserve,
     Reserved,
     StartDecode,
@@ -139,7 +138,7 @@ class Engine:
                 self._reserve(message)
             case StartDecode():
                 self._start_decode(message)
-            case Cancel() | ReleaseKV():
+            case Cancel():
                 self._end(message.request_id)
 
     def _step(self, work: Seq[Work]) -> None:

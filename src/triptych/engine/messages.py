@@ -1,7 +1,7 @@
 """What goes into the engine and what comes out. The engine thread and its owner share nothing else.
 
 In: a language worker sends ``AddRequest`` and ``ItemLanded``; a prefill worker the same with
-``keep_kv`` and later ``ReleaseKV``; a decode worker ``Reserve`` and ``StartDecode``; all of them
+``keep_kv``; a decode worker ``Reserve`` and ``StartDecode``; all of them
 ``Cancel``. A message for a request that the engine does not know is ignored: it may have been
 cancelled a moment ago. Out: one ``StepOutput`` for everything that one turn of the loop brought.
 """
@@ -29,7 +29,7 @@ class AddRequest:
     items: tuple[ItemSpan, ...]
     sampling: Sampling
     keep_kv: bool = False
-    """Stop after the first token and keep the prompt's KV blocks until ``ReleaseKV``."""
+    """Stop after the first token and keep the prompt's KV blocks until ``Cancel``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +74,7 @@ class Cancel:
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class ReleaseKV:
-    """The KV kept for a consumer has been read."""
-
-    request_id: str
-
-
-Message = AddRequest | ItemLanded | Reserve | StartDecode | Cancel | ReleaseKV
+Message = AddRequest | ItemLanded | Reserve | StartDecode | Cancel
 
 # ------------------------------------------------------------------ out
 
