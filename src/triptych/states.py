@@ -46,6 +46,8 @@ class PullState(Enum):
     """The transport may be writing into the destination."""
     VALIDATING = "validating"
     """Bytes are here; asking whether the lease covered the read."""
+    IN_PLACE = "in place"
+    """The producer's own memory is used; each use is validated before anything follows from it."""
     DONE = "done"
     FAILED = "failed"
     QUARANTINED = "quarantined"
@@ -57,6 +59,8 @@ class PullEvent(Enum):
     READ = "read"
     VALID = "valid"
     LAST = "last valid"
+    MAP = "ready, mapped here"
+    RELEASE = "released"
     FAIL = "denied, expired, lost or cancelled"
     UNSAFE = "read not drained"
 
@@ -76,12 +80,16 @@ SLOT: Mapping[tuple[SlotState, SlotEvent], SlotState] = {
 PULL: Mapping[tuple[PullState, PullEvent], PullState] = {
     (PullState.CLAIMED, PullEvent.READY): PullState.READING,
     (PullState.CLAIMED, PullEvent.LAST): PullState.DONE,
+    (PullState.CLAIMED, PullEvent.MAP): PullState.IN_PLACE,
     (PullState.CLAIMED, PullEvent.FAIL): PullState.FAILED,
     (PullState.READING, PullEvent.READ): PullState.VALIDATING,
     (PullState.READING, PullEvent.FAIL): PullState.FAILED,
     (PullState.READING, PullEvent.UNSAFE): PullState.QUARANTINED,
     (PullState.VALIDATING, PullEvent.VALID): PullState.CLAIMED,
     (PullState.VALIDATING, PullEvent.FAIL): PullState.FAILED,
+    (PullState.IN_PLACE, PullEvent.VALID): PullState.IN_PLACE,
+    (PullState.IN_PLACE, PullEvent.RELEASE): PullState.DONE,
+    (PullState.IN_PLACE, PullEvent.FAIL): PullState.FAILED,
 }
 
 

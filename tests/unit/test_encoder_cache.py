@@ -21,18 +21,15 @@ def test_only_full_and_unpinned_slots_go_oldest_first() -> None:
     cache = EmbeddingCache()
     for slot, key in enumerate("abcd"):
         cache.add(key, slot)
-    assert cache.evict() is None
+    pinned = {0, 1, 2, 3}
+    assert cache.evict(pinned.__contains__) is None
     for slot in (0, 1, 2):
         cache.filled(slot)
-    assert cache.evict() is None
-    for slot in (0, 1, 3):
-        cache.unpin(slot)
+    assert cache.evict(pinned.__contains__) is None
+    pinned = {2}
     cache.find("a")
-    assert [cache.evict(), cache.evict(), cache.evict()] == [1, 0, None]
+    assert [cache.evict(pinned.__contains__) for _ in range(3)] == [1, 0, None]
     assert cache.find("a") is None
-    cache.unpin(2)
-    cache.pin(2)
-    assert cache.evict() is None
     assert len(cache) == 2
 
 
@@ -72,15 +69,16 @@ def test_like_a_list_that_is_searched(steps: list[tuple[str, int]]) -> None:
             model.append(known)
         elif action == "evict":
             free = next((e for e in model if e["full"] and not e["pinned"]), None)
-            assert cache.evict() == (free and free["slot"])
+            pinned = {e["slot"] for e in model if e["pinned"]}
+            assert cache.evict(pinned.__contains__) == (free and free["slot"])
             if free:
                 model.remove(free)
+        elif known is not None and action in ("pin", "unpin"):
+            known["pinned"] = action == "pin"
         elif known is not None:
             getattr(cache, action)(known["slot"])
             if action == "remove":
                 model.remove(known)
-            elif action == "filled":
-                known["full"] = True
             else:
-                known["pinned"] = action == "pin"
+                known["full"] = True
     assert len(cache) == len(model)

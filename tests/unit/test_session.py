@@ -12,7 +12,12 @@ from triptych import wire
 from triptych.errors import BadMedia, Cancelled, TriptychError
 from triptych.refs import EmbeddingRef, KVRef
 from triptych.states import IllegalTransition, SlotState
-from triptych.transfer.session import EXPIRED, REMEMBERED_SESSIONS, Lender
+from triptych.transfer.session import (
+    EXPIRED,
+    REMEMBERED_LAPSES,
+    REMEMBERED_SESSIONS,
+    Lender,
+)
 
 LEASE_S = 60.0
 PIECE = wire.Piece(8192, 48)
@@ -258,6 +263,50 @@ def test_a_session_that_has_ended_cannot_hold_what_it_is_lent(lender: Lender) ->
     assert len(lender._gone) == REMEMBERED_SESSIONS
 
 
+def test_a_consumer_that_was_held_up_may_claim_again_while_the_slot_is_there(
+    lender: Lender,
+) -> None:
+    ref = embedding(lender, now=0.0)
+    lender.ready(ref.slot, [PIECE], last=True, note=b"")
+    claim(lender, ref, 1, now=0.0)
+    lender.expire(LEASE_S + 1)
+    lender.outbox.clear()
+    claim(lender, ref, 2, request="r2", now=70.0)
+    assert isinstance(only(lender), wire.Denied)  # another request never had a lease
+    claim(lender, ref, 3, now=70.0)
+    assert isinstance(only(lender), wire.Ready)
+    assert (lender.leases(ref.slot), lender.n_leases) == (1, 1)
+    claim(lender, ref, 4, now=70.0)
+    assert isinstance(only(lender), wire.Denied)  # once for each time it lapsed
+    lender.session_lost("consumer")
+    claim(lender, ref, 5, session="the same process", now=71.0)
+    assert isinstance(only(lender), wire.Ready)
+    lender.session_lost("the same process")
+    lender.close_slot(ref.slot)
+    claim(lender, ref, 6, session="again", now=72.0)
+    assert isinstance(only(lender), wire.Denied)
+
+
+def test_neither_release_nor_cancel_can_be_claimed_again(lender: Lender) -> None:
+    released, cancelled, unclaimed = (embedding(lender, f"r{n}") for n in range(3))
+    claim(lender, released, 1, request="r0")
+    claim(lender, cancelled, 2, request="r1")
+    lender.release("consumer", wire.Release(1))
+    lender.session_lost("consumer")
+    lender.cancel("r1", TriptychError("x"))
+    lender.session_lost("router")
+    for number, ref in enumerate((released, cancelled, unclaimed)):
+        claim(lender, ref, 10 + number, request=f"r{number}", session="late")
+        assert isinstance(only(lender), wire.Denied)
+
+
+def test_so_many_lapses_are_remembered(lender: Lender) -> None:
+    for number in range(REMEMBERED_LAPSES + 10):
+        claim(lender, embedding(lender, f"r{number}"), number, request=f"r{number}")
+    lender.session_lost("consumer")
+    assert len(lender._lapsed) == REMEMBERED_LAPSES
+
+
 def test_what_happened_is_counted(lender: Lender) -> None:
     ref, silent = embedding(lender), embedding(lender, "r2")
     claim(lender, msgspec.structs.replace(ref, nonce="other"))
@@ -306,6 +355,8 @@ class Traffic:
         self.lender = Lender("http://here:1", "n", LEASE_S)
         self.live: list[tuple[int, str, str, int | None]] = []
         """(slot, request, holder, claim)."""
+        self.lapsed: set[tuple[int, str]] = set()
+        """(slot, request): the consumer had claimed it, and its session was lost."""
         self.refs: dict[int, EmbeddingRef] = {}
         self.claims = 0
         self.steps = [self.lend, self.again, self.claim, self.claim, self.release, self.tidy]
@@ -339,6 +390,9 @@ class Traffic:
             if (slot, request, "router", None) in self.live:
                 self.live.remove((slot, request, "router", None))
                 self.live.append((slot, request, session, self.claims))
+            elif (slot, request) in self.lapsed:
+                self.lapsed.remove((slot, request))
+                self.live.append((slot, request, session, self.claims))
 
     def release(self) -> None:
         number, session = self.draw.randrange(self.claims + 1), self.session()
@@ -349,10 +403,12 @@ class Traffic:
         request = self.request()
         self.lender.cancel(request, TriptychError("x"))
         self.live = [x for x in self.live if x[1] != request]
+        self.lapsed = {x for x in self.lapsed if x[1] != request}
 
     def lose(self) -> None:
         session = self.session()
         self.lender.session_lost(session)
+        self.lapsed |= {x[:2] for x in self.live if x[2] == session and x[3] is not None}
         self.live = [x for x in self.live if x[2] != session]
 
     def tidy(self) -> None:

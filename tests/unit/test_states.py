@@ -51,7 +51,10 @@ def test_every_state_is_reached_and_every_event_used(
 
 def test_pieces_are_used_only_after_validation() -> None:
     into = {before for (before, _), after in PULL.items() if after is PullState.DONE}
-    assert into == {PullState.CLAIMED}
+    assert into == {PullState.CLAIMED, PullState.IN_PLACE}
+    # What is used in place is validated after each use, and ends by being given back.
+    assert PULL[PullState.IN_PLACE, PullEvent.RELEASE] is PullState.DONE
+    assert (PullState.IN_PLACE, PullEvent.LAST) not in PULL
     after_read = {before for (before, _), after in PULL.items() if after is PullState.CLAIMED}
     assert after_read == {PullState.VALIDATING}
 

@@ -1,13 +1,14 @@
 """Which embeddings the pool holds, and which of them may go. No torch, no memory of its own.
 
 The pool is the cache: an embedding stays in its slot until somebody needs the room. A slot that
-is leased is pinned. A slot that is still being filled is found as well, so that equal images that
-arrive together are encoded once.
+is leased is pinned; who has leased it is not known here. A slot that is still being filled is
+found as well, so that equal images that arrive together are encoded once.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 class _Entry:
     key: str
     full: bool = False
-    pinned: bool = True
 
 
 class EmbeddingCache:
@@ -36,7 +36,7 @@ class EmbeddingCache:
         return slot
 
     def add(self, key: str, slot: int) -> None:
-        """A new slot, pinned and still being filled."""
+        """A new slot, still being filled."""
         assert key not in self._slots and slot not in self._entries
         self._slots[key] = slot
         self._entries[slot] = _Entry(key)
@@ -44,22 +44,16 @@ class EmbeddingCache:
     def filled(self, slot: int) -> None:
         self._entries[slot].full = True
 
-    def pin(self, slot: int) -> None:
-        self._entries[slot].pinned = True
-
-    def unpin(self, slot: int) -> None:
-        self._entries[slot].pinned = False
-
     def remove(self, slot: int) -> None:
         """Idempotent."""
         entry = self._entries.pop(slot, None)
         if entry is not None:
             del self._slots[entry.key]
 
-    def evict(self) -> int | None:
+    def evict(self, pinned: Callable[[int], bool]) -> int | None:
         """Forget the least recently used slot that is full and not pinned, and name it."""
         for slot, entry in self._entries.items():
-            if entry.full and not entry.pinned:
+            if entry.full and not pinned(slot):
                 self.remove(slot)
                 return slot
         return None

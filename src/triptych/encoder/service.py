@@ -225,7 +225,6 @@ class EncoderService:
         embedding = self._embeddings[slot]
         ref = self.producer.lend_again(slot, holder=session_id, request_id=request)
         assert isinstance(ref, EmbeddingRef)
-        self.cache.pin(slot)
         if not embedding.cached:
             embedding.waiters.append((request, index))
         return wire.EncodedItem(index, cached=embedding.cached, meta=embedding.meta, ref=ref)
@@ -342,7 +341,6 @@ class EncoderService:
         if embedding is None:
             return
         if embedding.cached:
-            self.cache.unpin(slot)
             self.pool.serve()  # what was pinned may make room for a waiter now
         elif embedding.failed or self._scheduler.cancel(slot):
             self._drop(embedding)
@@ -368,7 +366,7 @@ class EncoderService:
 
     def _relieve(self, nbytes: int) -> bool:
         """The pool is full: let the embedding go that nobody has used for the longest time."""
-        slot = self.cache.evict()
+        slot = self.cache.evict(lambda slot: self.producer.leases(slot) > 0)
         if slot is not None:
             self._drop(self._embeddings[slot])
         return slot is not None

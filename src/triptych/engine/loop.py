@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,24 +21,38 @@ from triptych.engine.messages import (
     AddRequest,
     Cancel,
     ItemLanded,
+    Lapsed,
     Message,
     Prefilled,
     Progress,
+    Proven,
     Reserve,
     Reserved,
     StartDecode,
     StepOutput,
+    Used,
 )
 from triptych.engine.outbox import Outbox
 from triptych.engine.runner import Prompt, Runner
 from triptych.engine.sampler import Sampled
 from triptych.engine.scheduler import Scheduler, Work
 from triptych.engine.sequence import Phase, Reservation, Sequence, locate_items
+from triptych.engine.withheld import Withheld
 from triptych.errors import BadRequest, PromptTooLong, TriptychError, WorkerLost
 from triptych.models.language import LanguageModel
 from triptych.models.stream import drain
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What one step brought one sequence."""
+
+    work: Work
+    sampled: Sampled | None
+    started: float
+    ended: float
 
 
 class Engine:
@@ -73,6 +88,7 @@ class Engine:
         )
         self._sequences: dict[str, Sequence] = {}
         self._reservations: dict[str, Reservation] = {}
+        self._withheld: Withheld[_Result] = Withheld()
         self._out = Outbox()
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -134,6 +150,11 @@ class Engine:
                 self._add(message)
             case ItemLanded():
                 self._land(message)
+            case Proven():
+                for result in self._withheld.prove(message.request_id, message.serial):
+                    self._publish(result)
+            case Lapsed():
+                self._roll_back(message)
             case Reserve():
                 self._reserve(message)
             case StartDecode():
@@ -151,11 +172,8 @@ class Engine:
             sampled = iter(self._runner.run(work))
             ended = time.time()
             for w in work:
-                if not w.is_decode:
-                    self._advance_prompt(w, started, ended)
-                if w.samples:
-                    self._accept(w, next(sampled), started, ended)
                 w.sequence.computed = w.stop
+                self._finish(_Result(w, next(sampled) if w.samples else None, started, ended))
 
     def _grant(self, granted: Iterable[Reservation]) -> None:
         now = time.time()
@@ -210,8 +228,18 @@ class Engine:
             return
         item = sequence.items[message.item]
         assert not item.landed, "an image lands once"
-        item.landed = True
+        item.landed, item.borrowed = True, message.borrowed
         self._runner.land(message.request_id, message.item, message.rows)
+
+    def _roll_back(self, message: Lapsed) -> None:
+        sequence = self._sequences.get(message.request_id)
+        if sequence is None:
+            return
+        sequence.items[message.item].landed = False
+        self._runner.drop_rows(message.request_id, message.item)
+        dropped = self._withheld.roll_back(message.request_id, message.item)
+        if dropped is not None:
+            sequence.computed = dropped.work.start
 
     def _reserve(self, message: Reserve) -> None:
         if self._knows(message.request_id):
@@ -271,6 +299,23 @@ class Engine:
 
     # -------------------------------------------------------------- results of a step
 
+    def _finish(self, result: _Result) -> None:
+        """Publish the result, or keep it until the rows it follows from are proven right."""
+        work, request_id = result.work, result.work.sequence.request_id
+        items = () if work.is_decode else work.sequence.borrowed_between(work.start, work.stop)
+        if items or self._withheld.waits(request_id):
+            serial = self._withheld.hold(request_id, result, items)
+            if items:
+                self._out.used.append(Used(request_id, serial, items))
+        else:
+            self._publish(result)
+
+    def _publish(self, result: _Result) -> None:
+        if not result.work.is_decode:
+            self._advance_prompt(result.work, result.started, result.ended)
+        if result.sampled is not None:
+            self._accept(result.work, result.sampled, result.started, result.ended)
+
     def _advance_prompt(self, work: Work, started: float, ended: float) -> None:
         sequence, stop = work.sequence, work.stop
         self._out.span(
@@ -324,6 +369,7 @@ class Engine:
                 if item.landed and not item.consumed:
                     self._consume(sequence, index)
             sequence.become(Phase.ENDED)
+        self._withheld.forget(request_id)
         self._scheduler.end(request_id)
         self._runner.forget(request_id)
 

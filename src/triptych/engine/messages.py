@@ -1,6 +1,7 @@
 """What goes into the engine and what comes out. The engine thread and its owner share nothing else.
 
-In: a language worker sends ``AddRequest`` and ``ItemLanded``; a prefill worker the same with
+In: a language worker sends ``AddRequest`` and ``ItemLanded`` (and, for rows that it borrowed,
+``Proven`` or ``Lapsed``); a prefill worker the same with
 ``keep_kv``; a decode worker ``Reserve`` and ``StartDecode``; all of them
 ``Cancel``. A message for a request that the engine does not know is ignored: it may have been
 cancelled a moment ago. Out: one ``StepOutput`` for everything that one turn of the loop brought.
@@ -44,6 +45,26 @@ class ItemLanded:
     item: int
     rows: Tensor
     """(planes, rows, width), on any device."""
+    borrowed: bool = False
+    """They are another process's memory: what is computed from them is withheld until ``Proven``
+    says that they were right when they were read (``StepOutput.used`` asks for it)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proven:
+    """The borrowed rows of ``Used`` number ``serial`` were valid when they were used."""
+
+    request_id: str
+    serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lapsed:
+    """The image's borrowed rows cannot be trusted any more: what was computed from them and is
+    not proven is forgotten, and another ``ItemLanded`` is to come in place of the first."""
+
+    request_id: str
+    item: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +95,17 @@ class Cancel:
     request_id: str
 
 
-Message = AddRequest | ItemLanded | Reserve | StartDecode | Cancel
+Message = AddRequest | ItemLanded | Proven | Lapsed | Reserve | StartDecode | Cancel
 
 # ------------------------------------------------------------------ out
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the prompt of a ``keep_kv`` request is. The host has seen the blocks computed."""
+    """How far the prompt of a ``keep_kv`` request is. The host has seen the blocks computed.
+
+    An output may hold several of a request; the last says all.
+    """
 
     request_id: str
     computed: int
@@ -106,6 +130,16 @@ class Reserved:
 
 
 @dataclass(frozen=True, slots=True)
+class Used:
+    """A step has read borrowed rows; its results wait for ``Proven`` or ``Lapsed``."""
+
+    request_id: str
+    serial: int
+    """Of this question; never asked twice."""
+    items: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     """All results of one turn. ``progress`` is to be handled before ``prefilled``."""
 
@@ -113,6 +147,7 @@ class StepOutput:
     progress: tuple[Progress, ...] = ()
     prefilled: tuple[Prefilled, ...] = ()
     """In the same output as the request's last ``Progress`` and its first token's event."""
+    used: tuple[Used, ...] = ()
     consumed: tuple[tuple[str, int], ...] = ()
     """(request id, item) whose landed rows will not be read again."""
     failed: tuple[tuple[str, TriptychError], ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from triptych.engine.messages import Prefilled, Progress, Reserved, StepOutput
+from triptych.engine.messages import Prefilled, Progress, Reserved, StepOutput, Used
 from triptych.engine.sampler import Sampled
 from triptych.engine.sequence import Sequence
 from triptych.errors import TriptychError
@@ -18,6 +18,7 @@ class Outbox:
     tokens: list[TokenEvent] = field(default_factory=list)
     progress: list[Progress] = field(default_factory=list)
     prefilled: list[Prefilled] = field(default_factory=list)
+    used: list[Used] = field(default_factory=list)
     consumed: list[tuple[str, int]] = field(default_factory=list)
     failed: list[tuple[str, TriptychError]] = field(default_factory=list)
     reserved: list[Reserved] = field(default_factory=list)

@@ -45,6 +45,8 @@ class Item:
     stop: int
     rows: int
     landed: bool = False
+    borrowed: bool = False
+    """Its rows are in their producer's memory."""
     consumed: bool = False
 
 
@@ -96,6 +98,14 @@ class Sequence:
     def ready_until(self) -> int:
         """Prompt tokens before the first row that has not landed."""
         return next((item.start for item in self.items if not item.landed), self.n_prompt)
+
+    def borrowed_between(self, start: int, stop: int) -> tuple[int, ...]:
+        """Images whose borrowed rows stand between these positions."""
+        return tuple(
+            index
+            for index, item in enumerate(self.items)
+            if item.borrowed and item.start < stop and start < item.stop
+        )
 
     @property
     def last_position(self) -> int:

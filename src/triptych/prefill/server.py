@@ -105,7 +105,8 @@ class PrefillService:
 
     def _on_output(self, output: StepOutput) -> None:
         done = {prefilled.request_id: prefilled for prefilled in output.prefilled}
-        for progress in output.progress:
+        latest = {progress.request_id: progress for progress in output.progress}
+        for progress in latest.values():
             self._lend_blocks(progress, done.get(progress.request_id))
 
     def _lend_blocks(self, progress: Progress, prefilled: Prefilled | None) -> None:

@@ -1,9 +1,12 @@
 """Brings the embeddings of a request to the engine, one image at a time.
 
-For each image: room in the landing area, then a pull from its encoder, then the rows go to the
-engine as a view of the landing area. The engine says when it has used (or dropped) them, and the
-room is free again. Room is taken in the order of the requests and of their images, so that nobody
-waits for room that is held by somebody who waits for him.
+Where the encoder's memory can be mapped, the engine reads the rows in place; after every step that
+did, their owner is asked whether they were right, and what was computed from them counts only
+then. Rows that were not are borrowed again and computed again. Otherwise, for each image: room in
+the landing area, then a pull from its encoder, then the rows go to the engine as a view of the
+landing area. The engine says when it has used (or dropped) them, and loan or room are given back.
+Room is taken in the order of the requests and of their images, so that nobody waits for room that
+is held by somebody who waits for him.
 """
 
 from __future__ import annotations
@@ -11,23 +14,37 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from triptych import wire
 from triptych.config import Timeouts
 from triptych.engine.loop import Engine
-from triptych.engine.messages import ItemLanded
+from triptych.engine.messages import ItemLanded, Lapsed, Proven, Used
 from triptych.errors import PeerRefused, TransferFailed, TriptychError
 from triptych.request import Span
 from triptych.transfer.consumer import Consumer
 from triptych.transfer.pool import Extent, Pool
+from triptych.transfer.pull import Loan
 from triptych.transfer.region import BaseRegion
 
 logger = logging.getLogger(__name__)
 OnFailed = Callable[[str, TriptychError], None]
 OnSpans = Callable[[str, Sequence[Span]], None]
+MOST_LAPSES = 3
+"""So often are an image's rows borrowed again before its request fails."""
+
+
+@dataclass(frozen=True)
+class _Borrowed:
+    """Rows in their encoder's memory that the engine holds."""
+
+    loan: Loan
+    item: wire.PrefillItem
+    lapses: int
+    """How often they have had to be borrowed again."""
 
 
 class EmbeddingFeed:
@@ -54,9 +71,11 @@ class EmbeddingFeed:
         self._turn = asyncio.Lock()
         """Held by the request that takes room. The engine admits requests in the same order, so
         whoever holds room is, or will be, ahead of whoever waits for it."""
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[str, set[asyncio.Task[None]]] = {}
+        """What is under way for each request."""
         self._extents: dict[tuple[str, int], Extent] = {}
-        """Rows that the engine holds."""
+        """Landed rows that the engine holds, by (request id, image)."""
+        self._borrowed: dict[tuple[str, int], _Borrowed] = {}
 
     def check(self, items: Sequence[wire.PrefillItem]) -> None:
         """Raises PeerRefused when an item's rows do not fit this worker's model."""
@@ -74,34 +93,54 @@ class EmbeddingFeed:
 
     def start(self, request_id: str, items: Sequence[wire.PrefillItem]) -> None:
         if items:
-            task = asyncio.create_task(self._bring_all(request_id, tuple(items)))
-            self._tasks[request_id] = task
-            task.add_done_callback(lambda _: self._tasks.pop(request_id, None))
+            self._run(request_id, self._bring_all(request_id, tuple(items)))
+
+    def used(self, used: Used) -> None:
+        """The engine has read borrowed rows: ask their owners whether they were right."""
+        self._run(used.request_id, self._prove(used))
 
     def cancel(self, request_id: str) -> None:
         """Stop what is under way; rows the engine holds come back through ``consumed``."""
-        if task := self._tasks.pop(request_id, None):
+        for task in self._tasks.pop(request_id, ()):
             task.cancel()
 
     def consumed(self, request_id: str, item: int) -> None:
         """The engine will not touch these rows again."""
         if extent := self._extents.pop((request_id, item), None):
             self._landing.free(extent)
+        if borrowed := self._borrowed.pop((request_id, item), None):
+            borrowed.loan.release()
 
     async def close(self) -> None:
-        tasks = list(self._tasks.values())
+        tasks = [task for tasks in self._tasks.values() for task in tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _run(self, request_id: str, work: Coroutine[None, None, None]) -> None:
+        """As a task that ends with the request."""
+        task = asyncio.create_task(work)
+        tasks = self._tasks.setdefault(request_id, set())
+        tasks.add(task)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            if not tasks and self._tasks.get(request_id) is tasks:
+                del self._tasks[request_id]
+
+        task.add_done_callback(ended)
+
+    # ------------------------------------------------------------------ to the engine
 
     async def _bring_all(self, request_id: str, items: tuple[wire.PrefillItem, ...]) -> None:
         room: dict[int, Extent] = {}
         try:
             async with asyncio.TaskGroup() as pulls, self._turn:
                 for index, item in enumerate(items):
-                    room[index] = await self._landing.allocate(
-                        item.meta.nbytes, self._timeouts.pool
-                    )
+                    if not self._consumer.in_place(item.ref.owner):
+                        room[index] = await self._landing.allocate(
+                            item.meta.nbytes, self._timeouts.pool
+                        )
                     pulls.create_task(self._bring(request_id, index, item, room))
         except* TriptychError as group:
             self._on_failed(request_id, first_error(group))
@@ -112,6 +151,24 @@ class EmbeddingFeed:
                 self._landing.free(extent)
 
     async def _bring(
+        self, request_id: str, index: int, item: wire.PrefillItem, room: dict[int, Extent]
+    ) -> None:
+        """Where nobody had spoken to the encoder yet, room was taken that may not be needed."""
+        try:
+            if await self._consumer.opens_in_place(item.ref.owner, self._timeouts.embedding):
+                if index in room:
+                    self._landing.free(room.pop(index))
+                await self._borrow(request_id, index, item, lapses=0)
+            elif index in room:
+                await self._copy(request_id, index, item, room)
+            else:
+                raise TransferFailed(f"the memory of {item.ref.owner} cannot be mapped any more")
+        except TriptychError as exc:
+            if exc.item is None:
+                exc.item = index
+            raise
+
+    async def _copy(
         self, request_id: str, index: int, item: wire.PrefillItem, room: dict[int, Extent]
     ) -> None:
         asked = time.time()
@@ -126,28 +183,12 @@ class EmbeddingFeed:
             )
         except TriptychError as exc:
             self._give_back(room.pop(index), exc)
-            if exc.item is None:
-                exc.item = index
             raise
         rows = self._region.tensor(offset, item.meta.shape, getattr(torch, item.meta.dtype))
         self._extents[request_id, index] = room.pop(index)
         self._engine.submit(ItemLanded(request_id, index, rows))
         now = time.time()
-        read = now - pulled.read_s
-        self._on_spans(
-            request_id,
-            [
-                Span(name="wait", start=asked, end=read, item=index),
-                Span(
-                    name="read",
-                    start=read,
-                    end=now,
-                    item=index,
-                    nbytes=pulled.nbytes,
-                    transport=pulled.transport,
-                ),
-            ],
-        )
+        self._report(request_id, index, asked, now - pulled.read_s, pulled.nbytes, pulled.transport)
 
     def _give_back(self, extent: Extent, exc: TriptychError) -> None:
         wait = exc.quarantine_s if isinstance(exc, TransferFailed) else 0.0
@@ -155,6 +196,86 @@ class EmbeddingFeed:
             self._landing.quarantine(extent, wait)
         else:
             self._landing.free(extent)
+
+    def _report(
+        self,
+        request_id: str,
+        index: int,
+        asked: float,
+        ready: float,
+        nbytes: int,
+        transport: str,
+    ) -> None:
+        """``ready``: since when nothing was waited for but the bytes themselves."""
+        wait = Span(name="wait", start=asked, end=ready, item=index)
+        read = Span(
+            name="read",
+            start=ready,
+            end=time.time(),
+            item=index,
+            nbytes=nbytes,
+            transport=transport,
+        )
+        self._on_spans(request_id, [wait, read])
+
+    # ------------------------------------------------------------------ in place
+
+    async def _borrow(
+        self, request_id: str, index: int, item: wire.PrefillItem, *, lapses: int
+    ) -> None:
+        asked = time.time()
+        loan = await self._consumer.borrow(item.ref, request_id, self._timeouts.embedding)
+        ready = time.time()
+        self._borrowed[request_id, index] = _Borrowed(loan, item, lapses)
+        rows = loan.memory.view(getattr(torch, item.meta.dtype)).view(item.meta.shape)
+        self._engine.submit(ItemLanded(request_id, index, rows, borrowed=True))
+        self._report(request_id, index, asked, ready, item.meta.nbytes, loan.transport)
+
+    async def _prove(self, used: Used) -> None:
+        request_id = used.request_id
+        known = [
+            (index, self._borrowed[request_id, index])
+            for index in used.items
+            if (request_id, index) in self._borrowed
+        ]
+        if len(known) < len(used.items):
+            return  # one has lapsed, and with it this step, or the request has ended
+        answers = await asyncio.gather(
+            *(borrowed.loan.validate() for _, borrowed in known), return_exceptions=True
+        )
+        failed = False
+        for (index, borrowed), answer in zip(known, answers, strict=True):
+            if isinstance(answer, TriptychError):
+                failed = True
+                self._lapsed(request_id, index, borrowed, answer)
+            elif answer is not None:
+                raise answer
+        if not failed:
+            self._engine.submit(Proven(request_id, used.serial))
+
+    def _lapsed(
+        self, request_id: str, index: int, borrowed: _Borrowed, error: TriptychError
+    ) -> None:
+        """Rows were used that may not have been theirs any more: borrow them once more."""
+        if self._borrowed.get((request_id, index)) is not borrowed:
+            return  # another step has found out already, or the request has ended
+        del self._borrowed[request_id, index]
+        borrowed.loan.release()
+        logger.warning("image %d of %s is computed again: %s", index + 1, request_id, error.message)
+        self._engine.submit(Lapsed(request_id, index))
+        self._run(request_id, self._borrow_again(request_id, index, borrowed, error))
+
+    async def _borrow_again(
+        self, request_id: str, index: int, borrowed: _Borrowed, error: TriptychError
+    ) -> None:
+        try:
+            if borrowed.lapses == MOST_LAPSES:
+                raise error
+            await self._borrow(request_id, index, borrowed.item, lapses=borrowed.lapses + 1)
+        except TriptychError as exc:
+            if exc.item is None:
+                exc.item = index
+            self._on_failed(request_id, exc)
 
 
 def first_error(group: BaseExceptionGroup[TriptychError]) -> TriptychError:

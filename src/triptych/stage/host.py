@@ -129,6 +129,8 @@ class EngineHost:
     def _deliver(self, output: StepOutput) -> None:
         if output.tokens:
             self._stage.report(wire.Tokens(tokens=output.tokens))
+        for used in output.used:
+            self.feed.used(used)
         for request_id, item in output.consumed:
             self.feed.consumed(request_id, item)
         self._on_output(output)

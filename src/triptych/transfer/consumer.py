@@ -7,26 +7,19 @@ import inspect
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from triptych import wire
 from triptych.config import Timeouts
-from triptych.errors import (
-    ConfigError,
-    DeadlineExceeded,
-    TransferFailed,
-    TriptychError,
-    WorkerLost,
-    rebuild,
-)
+from triptych.errors import ConfigError, DeadlineExceeded, TransferFailed, WorkerLost
 from triptych.observe.metrics import transport_links
 from triptych.refs import AnyRef, EmbeddingRef
-from triptych.states import PULL, PullEvent, PullState, advance
+from triptych.states import PullEvent, PullState
 from triptych.transfer.channel import Channel, OnLost, OnMessage
 from triptych.transfer.mover import Mover
+from triptych.transfer.pull import Loan, Pull
 from triptych.transfer.region import BaseRegion
 from triptych.transfer.transports.base import Link, Peer, Read, Transport, probe
 
@@ -51,52 +44,6 @@ class Pulled:
 
 
 @dataclass
-class _Pull:
-    """One claim, as the producer's messages move it. Sequential: one read at a time."""
-
-    claim: int
-    ref: AnyRef
-    state: PullState = PullState.CLAIMED
-    ready: deque[wire.Ready] = field(default_factory=deque)
-    """Not read yet."""
-    valid: deque[wire.Valid] = field(default_factory=deque)
-    error: TriptychError | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    count: int = 0
-    """Pieces landed."""
-    nbytes: int = 0
-    read_s: float = 0.0
-
-    def take(self, message: wire.ChannelMessage) -> None:
-        match message:
-            case wire.Ready():
-                self.ready.append(message)
-            case wire.Valid():
-                self.valid.append(message)
-            case wire.Denied():
-                item = None if message.item < 0 else message.item
-                self.error = rebuild(message.error, message.reason, item=item)
-            case wire.Expired():
-                self.error = TransferFailed("the lease expired")
-        self.changed.set()
-
-    def step(self, event: PullEvent) -> None:
-        self.state = advance(PULL, self.state, event)
-
-    async def until(self, condition: Callable[[], bool], deadline: float, what: str) -> None:
-        """Raises the pull's error, or DeadlineExceeded naming what was waited for."""
-        while self.error is None and not condition():
-            self.changed.clear()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await self.changed.wait()
-            except TimeoutError:
-                raise DeadlineExceeded(f"waiting for {what} of slot {self.ref.slot}") from None
-        if self.error is not None:
-            raise self.error
-
-
-@dataclass
 class _Producer:
     """A producer this process reads from."""
 
@@ -105,7 +52,10 @@ class _Producer:
     kind: str
     link: Link
     mover: Mover
-    pulls: dict[int, _Pull] = field(default_factory=dict)
+    pulls: dict[int, Pull] = field(default_factory=dict)
+
+    def forget(self, claim: int) -> None:
+        self.pulls.pop(claim, None)
 
 
 class Consumer:
@@ -146,16 +96,12 @@ class Consumer:
         """
         deadline = asyncio.get_running_loop().time() + timeout_s
         producer = await self._producer(ref.owner, deadline)
-        if not producer.channel.is_open:
-            raise WorkerLost(f"{ref.owner}: its channel has ended")
-        pull = _Pull(next(self._claims), ref)
-        producer.pulls[pull.claim] = pull
-        producer.channel.send(wire.Claim(pull.claim, ref, request_id))
+        pull = self._claim(producer, ref, request_id)
         try:
             while pull.state is not PullState.DONE:
                 await pull.until(lambda: bool(pull.ready), deadline, "pieces")
                 ready = pull.ready.popleft()
-                _check(ready, pull)
+                pull.check(ready)
                 if ready.pieces:
                     await self._land(producer, pull, ready, place, deadline)
                 landed(ready.first, len(ready.pieces), ready)
@@ -172,6 +118,56 @@ class Consumer:
             producer.channel.send(wire.Release(pull.claim))
         return Pulled(producer.kind, pull.nbytes, pull.read_s)
 
+    async def opens_in_place(self, owner: str, timeout_s: float) -> bool:
+        """Can embeddings of the producer at ``owner`` be borrowed? Opens the channel if need be.
+
+        Raises what ``pull`` raises for a producer that cannot be reached.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        return (await self._producer(owner, deadline)).link.memory is not None
+
+    def in_place(self, owner: str) -> bool:
+        """The same without waiting: False also when no channel to it is open yet."""
+        task = self._producers.get(owner)
+        if task is None or not task.done() or task.cancelled() or task.exception() is not None:
+            return False
+        return task.result().link.memory is not None
+
+    async def borrow(self, ref: EmbeddingRef, request_id: str, timeout_s: float) -> Loan:
+        """Claim ``ref``, wait until it is ready, and use it where it is: nothing is copied.
+
+        Raises as ``pull``, and TransferFailed when this producer's memory cannot be used in place.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        producer = await self._producer(ref.owner, deadline)
+        pull = self._claim(producer, ref, request_id)
+        try:
+            await pull.until(lambda: bool(pull.ready), deadline, "the embedding")
+            ready = pull.ready.popleft()
+            pull.check(ready)
+            memory = producer.link.memory
+            if memory is None:
+                raise TransferFailed(f"the memory of {ref.owner} cannot be used in place")
+            if not ready.last or len(ready.pieces) != 1:
+                raise TransferFailed(f"slot {ref.slot} came in {len(ready.pieces)} pieces")
+            piece = ready.pieces[0]
+            if piece.offset < 0 or piece.offset + piece.nbytes > len(memory):
+                raise TransferFailed(f"{piece} is outside the peer's {len(memory)} bytes")
+            pull.step(PullEvent.MAP)
+        finally:
+            if pull.state is not PullState.IN_PLACE:
+                pull.step(PullEvent.FAIL)
+                producer.pulls.pop(pull.claim, None)
+                producer.channel.send(wire.Release(pull.claim))
+        return Loan(
+            pull,
+            memory[piece.offset : piece.offset + piece.nbytes],
+            producer.kind,
+            producer.channel.send,
+            producer.forget,
+            self._timeouts.rpc,
+        )
+
     async def close(self) -> None:
         """End all channels; pulls in progress raise WorkerLost."""
         self._closed = True
@@ -184,8 +180,17 @@ class Consumer:
 
     # ------------------------------------------------------------------ one pull
 
+    def _claim(self, producer: _Producer, ref: AnyRef, request_id: str) -> Pull:
+        """Raises WorkerLost when the channel has ended."""
+        if not producer.channel.is_open:
+            raise WorkerLost(f"{ref.owner}: its channel has ended")
+        pull = Pull(next(self._claims), ref)
+        producer.pulls[pull.claim] = pull
+        producer.channel.send(wire.Claim(pull.claim, ref, request_id))
+        return pull
+
     async def _land(
-        self, producer: _Producer, pull: _Pull, ready: wire.Ready, place: Place, deadline: float
+        self, producer: _Producer, pull: Pull, ready: wire.Ready, place: Place, deadline: float
     ) -> None:
         """Read the pieces of one message and have the read validated."""
         offsets = place(ready.first, ready.pieces)
@@ -321,16 +326,3 @@ def _read(link: Link, reads: Sequence[Read], left: float) -> float:
     start = time.perf_counter()
     link.read(reads, left)
     return time.perf_counter() - start
-
-
-def _check(ready: wire.Ready, pull: _Pull) -> None:
-    """Raises TransferFailed unless the message continues the ref's content."""
-    ref = pull.ref
-    size = ref.nbytes if isinstance(ref, EmbeddingRef) else ref.block_nbytes
-    nbytes = pull.nbytes + sum(piece.nbytes for piece in ready.pieces)
-    fits = nbytes == ref.nbytes if ready.last else nbytes <= ref.nbytes
-    if ready.first != pull.count or not fits or any(p.nbytes != size for p in ready.pieces):
-        raise TransferFailed(
-            f"pieces {ready.first}+{len(ready.pieces)} (last: {ready.last}) do not continue "
-            f"slot {ref.slot} after {pull.nbytes} of {ref.nbytes} bytes"
-        )

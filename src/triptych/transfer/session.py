@@ -5,7 +5,8 @@ a process. A *lease* is a promise to one request to keep a slot's memory. It is 
 first the router's, which asked for the slot; then that of the consumer whose claim takes it over.
 It ends with release, cancel, denial, the loss of its session, or its holder's silence. While a
 lease lives the memory stays as it is, so bytes that were read under it are right: that is what
-``Validate`` asks.
+``Validate`` asks. A consumer whose lease ended because it was held up (silence, a lost channel)
+may claim again while the slot is there: it holds the same content.
 
 Messages to send collect in ``outbox``, slots whose last lease ended in ``idle``, what happened
 in ``tally``.
@@ -23,6 +24,8 @@ from triptych.errors import TransferFailed, TriptychError, WorkerLost
 from triptych.refs import AnyRef, EmbeddingRef, KVRef
 from triptych.states import SLOT, SlotEvent, SlotState, advance
 
+REMEMBERED_LAPSES = 1024
+"""Leases of consumers that ended by silence or loss: so many may be claimed again."""
 REMEMBERED_SESSIONS = 1024
 """Ended sessions that are known to have ended: a request may outlive the channel it came by."""
 EXPIRED = "expired"
@@ -73,6 +76,8 @@ class Lender:
         self._claims: dict[tuple[str, int], Lease] = {}
         self._heard: dict[str, float] = {}
         """When a session that holds leases was last heard of."""
+        self._lapsed: OrderedDict[tuple[str, int], None] = OrderedDict()
+        """(request id, slot) whose claimed lease ended against its consumer's will."""
         self._gone: OrderedDict[str, None] = OrderedDict()
         """Sessions that have ended, the latest last."""
 
@@ -163,6 +168,8 @@ class Lender:
             if lease.claim is not None:
                 self._deny(lease.holder, lease.claim, error, "cancelled")
             self._drop(lease)
+        for lapsed in [lapsed for lapsed in self._lapsed if lapsed[0] == request_id]:
+            del self._lapsed[lapsed]
 
     def session_lost(self, session: str) -> None:
         """Drop all leases of a session, for good. Idempotent."""
@@ -170,7 +177,7 @@ class Lender:
         if len(self._gone) > REMEMBERED_SESSIONS:
             self._gone.popitem(last=False)
         for lease in list(self._by_holder.get(session, ())):
-            self._drop(lease)
+            self._lapse(lease)
 
     def heard(self, session: str, now: float) -> None:
         """A sign of life renews all leases of a session."""
@@ -187,7 +194,7 @@ class Lender:
                 if lease.claim is not None:
                     self.outbox.append((session, wire.Expired(lease.claim)))
                 self.tally[EXPIRED] += 1
-                self._drop(lease)
+                self._lapse(lease)
 
     # ------------------------------------------------------------------ the consumer's messages
 
@@ -201,7 +208,7 @@ class Lender:
         if not isinstance(entry, Slot):
             self._deny(session, message.claim, *entry)
             return
-        lease = self._unclaimed(entry, message.request_id)
+        lease = self._claimable(entry, message.request_id, session, now)
         if lease is None:
             reason = f"no lease of request {message.request_id}: expired, cancelled or claimed"
             self._deny(session, message.claim, TransferFailed(reason), "no lease")
@@ -247,7 +254,7 @@ class Lender:
         entry = self._slots[ref.slot] = Slot(ref)
         self._lease(entry, lease, now)
 
-    def _lease(self, entry: Slot, holder_and_request: tuple[str, str], now: float) -> None:
+    def _lease(self, entry: Slot, holder_and_request: tuple[str, str], now: float) -> Lease:
         holder, request_id = holder_and_request
         lease = Lease(entry, request_id, holder)
         entry.leases.add(lease)
@@ -255,6 +262,7 @@ class Lender:
         self._by_request[request_id].add(lease)
         self._by_holder[holder].add(lease)
         self._heard[holder] = now
+        return lease
 
     def _move(self, lease: Lease, session: str, now: float) -> None:
         self._unhold(lease)
@@ -293,9 +301,24 @@ class Lender:
             return TransferFailed(f"the ref of slot {ref.slot} was altered"), "altered ref"
         return entry
 
-    def _unclaimed(self, entry: Slot, request_id: str) -> Lease | None:
+    def _lapse(self, lease: Lease) -> None:
+        """It ends against its holder's will."""
+        if lease.claim is not None:
+            self._lapsed[lease.request_id, lease.slot.ref.slot] = None
+            if len(self._lapsed) > REMEMBERED_LAPSES:
+                self._lapsed.popitem(last=False)
+        self._drop(lease)
+
+    def _claimable(self, entry: Slot, request_id: str, session: str, now: float) -> Lease | None:
+        """The request's lease on the slot that nobody has claimed, or a new one in place of one
+        that lapsed."""
         leases = self._by_request.get(request_id, ())
-        return next((x for x in leases if x.slot is entry and x.claim is None), None)
+        lease = next((x for x in leases if x.slot is entry and x.claim is None), None)
+        lapsed = (request_id, entry.ref.slot)
+        if lease is None and lapsed in self._lapsed:
+            del self._lapsed[lapsed]
+            lease = self._lease(entry, (session, request_id), now)
+        return lease
 
     def _deny(self, session: str, claim: int | None, error: TriptychError, reason: str) -> None:
         assert claim is not None

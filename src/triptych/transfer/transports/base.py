@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from torch import Tensor
+
 from triptych.config import Timeouts
 from triptych.errors import TransferFailed
 from triptych.transfer.region import PROBE_NBYTES, BaseRegion, probe_page
@@ -43,7 +45,13 @@ class Peer:
 
 
 class Link(Protocol):
-    """Reads one producer's region. Used on that producer's transfer thread only, but for abort."""
+    """Reads one producer's region. Used on that producer's transfer thread only, but for abort
+    and ``memory``."""
+
+    @property
+    def memory(self) -> Tensor | None:
+        """(bytes,) uint8: the peer's region itself, mapped here and never to be written; None
+        where bytes must move, and after ``close``. Stays mapped while any view of it lives."""
 
     def read(self, pieces: Sequence[Read], timeout_s: float) -> None:
         """All bytes of all pieces are here when this returns. Blocks for at most ``timeout_s``.

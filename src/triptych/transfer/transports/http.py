@@ -136,6 +136,9 @@ class HttpTransport:
 class HttpLink:
     """One connection, kept between reads."""
 
+    memory = None
+    """Bytes move."""
+
     def __init__(self, peer: Peer, nbytes: int, region: BaseRegion, connect_s: float) -> None:
         parts = urlsplit(peer.url)
         assert parts.hostname is not None

@@ -6,6 +6,9 @@ import secrets
 from collections.abc import Sequence
 from weakref import WeakValueDictionary
 
+import torch
+from torch import Tensor
+
 from triptych.config import Timeouts
 from triptych.transfer.region import Region
 from triptych.transfer.transports.base import (
@@ -45,6 +48,7 @@ class MemoryLink:
     def __init__(self, remote: Region, region: Region) -> None:
         self._remote = remote
         self._region = region
+        self.memory: Tensor | None = remote.tensor(0, (remote.nbytes,), torch.uint8)
 
     def read(self, pieces: Sequence[Read], timeout_s: float) -> None:
         check_bounds(pieces, self._remote.nbytes, self._region)
@@ -55,4 +59,4 @@ class MemoryLink:
         """A copy waits for nobody."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        self.memory = None

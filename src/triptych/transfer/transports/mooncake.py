@@ -215,6 +215,9 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 class NvlinkLink:
     """Copies between GPUs (or within one): each call returns when its copies are done."""
 
+    memory = None
+    """Bytes move."""
+
     def __init__(self, engine: TransferEngine, offer: TransportOffer, region: BaseRegion) -> None:
         self._engine = engine
         self._offer = offer
@@ -252,6 +255,9 @@ class NvlinkLink:
 
 class MooncakeLink:
     """Reads by RDMA or TCP, submitted and polled."""
+
+    memory = None
+    """Bytes move."""
 
     def __init__(self, engine: TransferEngine, offer: TransportOffer, region: BaseRegion) -> None:
         self._engine = engine

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-import numpy as np
+import torch
 
 from triptych.config import Timeouts
 from triptych.errors import TransferFailed
@@ -44,6 +44,8 @@ _SEND_S = 1.0
 """A peer on the same host takes the descriptor at once or not at all."""
 _PAUSE_S = 0.1
 """After the socket could not accept (no descriptors left), before it tries again."""
+_MAP_NORESERVE = 0x4000
+"""linux/mman.h; Python 3.11 has no name for it. No swap is set aside for copies nobody makes."""
 _STEP = 64 << 20
 """Bytes copied between two looks at the clock."""
 
@@ -75,21 +77,28 @@ class ShmTransport:
 
 
 class ShmLink:
-    """``fd``: the producer's memfd, taken over (closed here)."""
+    """``fd``: the producer's memfd, taken over (closed here).
+
+    The mapping is copy-on-write: torch wants memory that it could write to, and whatever wrote
+    would write to a copy of this process's own. Nothing does.
+    """
 
     def __init__(self, fd: int, nbytes: int, region: Region) -> None:
         try:
-            self._map = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+            flags, prot = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            mapping = mmap.mmap(fd, nbytes, flags=flags, prot=prot)
         finally:
             os.close(fd)
-        self._nbytes = nbytes
-        self._address: int = np.frombuffer(self._map, dtype=np.uint8).ctypes.data
+        self.memory: torch.Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
         self._region = region
 
     def read(self, pieces: Sequence[Read], timeout_s: float) -> None:
-        check_bounds(pieces, self._nbytes, self._region)
+        memory = self.memory
+        check_bounds(pieces, 0 if memory is None else len(memory), self._region)
+        if memory is None:
+            return
         deadline = time.monotonic() + timeout_s
-        source, target = self._address, self._region.address
+        source, target = memory.data_ptr(), self._region.address
         for remote, local, nbytes in pieces:
             for start in range(0, nbytes, _STEP):
                 if time.monotonic() > deadline:
@@ -101,9 +110,9 @@ class ShmLink:
         """A copy waits for nobody, and the mapping stays whatever becomes of the peer."""
 
     def close(self) -> None:
-        """Unmaps: a peer that is gone must not live on as memory of this process."""
-        self._nbytes = 0
-        self._map.close()
+        """Unmaps once no view is left: a peer that is gone must not live on as memory of this
+        process."""
+        self.memory = None
 
 
 class _Server:
