@@ -164,6 +164,22 @@ def test_a_link_sees_what_is_written_later(pair: Pair) -> None:
         assert bytes(pair.target.view(3 * PAGE, 5)) == value
 
 
+def test_memory_that_is_mapped_is_the_producers_own(pair: Pair) -> None:
+    """Where bytes need not move, what the producer writes is there, and nothing was copied."""
+    link = pair.connect()
+    if pair.producer.kind in ("http", "mooncake"):
+        assert link.memory is None
+        return
+    assert link.memory is not None and link.memory.dtype is torch.uint8
+    for value in (b"first", b"later"):
+        pair.source.view(3 * PAGE, 5)[:] = value
+        assert bytes(link.memory[3 * PAGE : 3 * PAGE + 5]) == value
+    view = link.memory[3 * PAGE : 3 * PAGE + 5]
+    link.close()
+    assert link.memory is None
+    assert bytes(view) == b"later"  # mapped for as long as somebody looks at it
+
+
 def test_nothing_to_read(pair: Pair) -> None:
     before = bytes(pair.target.view(0, pair.target.nbytes))
     link = pair.connect()

@@ -33,7 +33,7 @@ LINKS: list[tuple[TransportName, type[Link]]] = [("shm", ShmLink), ("mooncake", 
 def mapped() -> int:
     """Regions of processes that are mapped here."""
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-    return len(re.findall(r"r--s .*memfd:triptych", maps))
+    return len(re.findall(r"rw-p .*memfd:triptych", maps))
 
 
 def left_in_tmp() -> set[Path]:

@@ -21,7 +21,7 @@ import numpy as np
 from tests.transfer_rig import FAST, Puller, Worker
 from triptych import wire
 from triptych.config import TransportName
-from triptych.errors import TriptychError
+from triptych.errors import BadMedia, TriptychError
 from triptych.refs import AnyRef
 from triptych.transfer.channel import Channel
 from triptych.transfer.pool import Extent, Pool
@@ -120,6 +120,12 @@ class Actor:
         self.worker.region.view(start, nbytes)[:] = content(self.tags[slot], nbytes)
         piece = wire.Piece(start if offset is None else offset, nbytes)
         self.worker.producer.ready(slot, [piece], last=True)
+
+    def lend_again(self, slot: int, request: str, holder: str) -> None:
+        self.worker.producer.lend_again(slot, holder=holder, request_id=request)
+
+    def fail(self, slot: int) -> None:
+        self.worker.producer.fail(slot, BadMedia("failed on purpose"))
 
     def cancel(self, request: str) -> None:
         self.worker.producer.cancel(request)

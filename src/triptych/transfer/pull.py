@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,7 +62,8 @@ class Pull:
             except TimeoutError:
                 raise DeadlineExceeded(f"waiting for {what} of slot {self.ref.slot}") from None
         if self.error is not None:
-            raise self.error
+            # Not the one kept here: its traceback would keep this pull, and with it a mapping.
+            raise copy.copy(self.error)
 
     def check(self, ready: wire.Ready) -> None:
         """Raises TransferFailed unless the message continues the ref's content."""
