@@ -1,0 +1,54 @@
+"""Leases that ended against their consumer's will, and who may have them again."""
+
+from __future__ import annotations
+
+from tests.unit.test_session import LEASE_S, PIECE, claim, embedding, lender, only
+from triptych import wire
+from triptych.errors import TriptychError
+from triptych.transfer.session import REMEMBERED_LAPSES, Lender
+
+__all__ = ["lender"]  # the fixture
+
+
+def test_a_consumer_that_was_held_up_may_claim_again_while_the_slot_is_there(
+    lender: Lender,
+) -> None:
+    ref = embedding(lender, now=0.0)
+    lender.ready(ref.slot, [PIECE], last=True, note=b"")
+    claim(lender, ref, 1, now=0.0)
+    lender.expire(LEASE_S + 1)
+    lender.outbox.clear()
+    claim(lender, ref, 2, request="r2", now=70.0)
+    assert isinstance(only(lender), wire.Denied)  # another request never had a lease
+    claim(lender, ref, 3, now=70.0)
+    assert isinstance(only(lender), wire.Ready)
+    assert (lender.leases(ref.slot), lender.n_leases) == (1, 1)
+    claim(lender, ref, 4, now=70.0)
+    assert isinstance(only(lender), wire.Denied)  # once for each time it lapsed
+    lender.session_lost("consumer")
+    claim(lender, ref, 5, session="the same process", now=71.0)
+    assert isinstance(only(lender), wire.Ready)
+    lender.session_lost("the same process")
+    lender.close_slot(ref.slot)
+    claim(lender, ref, 6, session="again", now=72.0)
+    assert isinstance(only(lender), wire.Denied)
+
+
+def test_neither_release_nor_cancel_can_be_claimed_again(lender: Lender) -> None:
+    released, cancelled, unclaimed = (embedding(lender, f"r{n}") for n in range(3))
+    claim(lender, released, 1, request="r0")
+    claim(lender, cancelled, 2, request="r1")
+    lender.release("consumer", wire.Release(1))
+    lender.session_lost("consumer")
+    lender.cancel("r1", TriptychError("x"))
+    lender.session_lost("router")
+    for number, ref in enumerate((released, cancelled, unclaimed)):
+        claim(lender, ref, 10 + number, request=f"r{number}", session="late")
+        assert isinstance(only(lender), wire.Denied)
+
+
+def test_so_many_lapses_are_remembered(lender: Lender) -> None:
+    for number in range(REMEMBERED_LAPSES + 10):
+        claim(lender, embedding(lender, f"r{number}"), number, request=f"r{number}")
+    lender.session_lost("consumer")
+    assert len(lender._lapsed) == REMEMBERED_LAPSES
