@@ -1,0 +1,1 @@
+"""A world of synthetic pictures and questions about them, drawn from seeds."""
