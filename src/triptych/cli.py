@@ -81,8 +81,10 @@ def run(config: Any) -> int:
         demo = importlib.import_module("triptych.demo.run")
         return int(asyncio.run(demo.run(config)))
     if isinstance(config, c.BenchConfig):
-        bench = importlib.import_module(f"triptych.bench.{config.what}")
-        return int(asyncio.run(bench.run(config)))
+        if isinstance(config.what, c.BenchPlotConfig):
+            return int(importlib.import_module("triptych.bench.plot").run(config.what))
+        bench = importlib.import_module("triptych.bench.transfer")
+        return int(uvloop.run(bench.run(config.what)))
     if isinstance(config, c.ServeConfig):
         secrets = c.secrets_from_environment(make=True)
         if config.topology != "EPD":

@@ -2,41 +2,73 @@
 
 from __future__ import annotations
 
-import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from triptych.bench.transfer import parse_size
-from triptych.errors import ConfigError
+from triptych.bench import report
+
+TINY = ("--sizes", "64K", "1M", "--pieces", "1", "16", "--repeats", "6")
 
 
-def test_every_transport_is_measured_and_checked(tmp_path: Path) -> None:
-    out = tmp_path / "rows.json"
-    options = ["--sizes", "64K", "1M", "--pieces", "1", "16", "--repeats", "3", "--json", str(out)]
-    command = [sys.executable, "-m", "triptych", "bench", "transfer", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def bench(*arguments: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    """``path``: folder to look for packages in before all others."""
+    found = os.pathsep.join(part for part in (path, os.environ.get("PYTHONPATH", "")) if part)
+    return subprocess.run(
+        [sys.executable, "-m", "triptych", "bench", *arguments],
+        env={**os.environ, "PYTHONPATH": found},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_every_transport_is_measured_checked_and_drawn(tmp_path: Path) -> None:
+    out, svg, png = (tmp_path / name for name in ("rows.json", "plot.svg", "plot.png"))
+    done = bench("transfer", *TINY, "--json", str(out), "--plot", str(svg))
     assert done.returncode == 0, done.stderr
-    rows = json.loads(out.read_text())
-    kinds = [(row["transport"], row["nbytes"], row["pieces"]) for row in rows]
-    assert kinds == [
+    found = report.load(out)
+    assert (found.producer, found.consumer, found.absent) == ("cpu", "cpu", {})
+    assert [(row.transport, row.nbytes, row.pieces) for row in found.rows] == [
         (transport, nbytes, pieces)
         for transport in ("shm", "http", "mooncake")
         for nbytes in (1 << 16, 1 << 20)
         for pieces in (1, 16)
     ]
-    assert all(0 < row["read_us"] <= row["pull_us"] for row in rows)
-    assert all(word in done.stdout for word in ("shm", "http", "mooncake", "ratio", "64 KiB"))
+    for row in found.rows:
+        assert 0 < row.read_us < row.pull_us <= row.pull_p99_us
+        assert 0 < row.handoff_us < row.pull_us and row.handoff_us <= row.handoff_p99_us
+        assert row.of_copy == pytest.approx(row.copy_us / row.read_us)
+        assert 5 <= row.rounds <= 6
+        bare = row.transport == "mooncake"
+        assert row.protocol == ("tcp" if bare else "")
+        assert (row.bare_us is not None) == (row.of_bare is not None) == bare
+        if row.bare_us is not None:
+            assert row.of_bare == pytest.approx(row.bare_us / row.read_us)
+    for word in ("shm", "http", "mooncake (tcp)", "of copy", "of bare", "64 KiB", "pull p99"):
+        assert word in done.stdout
+    drawn = svg.read_text()
+    for word in ("copy in one process", "shm, 16 pieces", "Transfer Engine alone", "1 MiB", "GB/s"):
+        assert word in drawn
+    assert len(drawn) < 100_000
+    done = bench("plot", str(out), "--out", str(png))
+    assert done.returncode == 0, done.stderr
+    assert png.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("text", "nbytes"), [("4096", 4096), ("64K", 1 << 16), ("2G", 2 << 30)])
-def test_sizes(text: str, nbytes: int) -> None:
-    assert parse_size(text) == nbytes
-
-
-@pytest.mark.parametrize("text", ["", "K", "1.5M", "-1", "12Q", "0"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="not a size"):
-        parse_size(text)
+def test_what_is_not_here_is_named_unless_it_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "mooncake.py").write_text("raise ImportError('not on this machine')\n")
+    out = tmp_path / "rows.json"
+    few = ("--sizes", "64K", "--pieces", "1", "--repeats", "1")
+    done = bench("transfer", *few, "--json", str(out), path=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "mooncake is not measured" in done.stdout and "triptych[mooncake]" in done.stdout
+    found = report.load(out)
+    assert {row.transport for row in found.rows} == {"shm", "http"}
+    assert "not on this machine" in found.absent["mooncake"]
+    done = bench("transfer", *few, "--transports", "mooncake", path=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the producer's process: transport mooncake needs")

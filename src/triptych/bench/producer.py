@@ -6,45 +6,70 @@ import asyncio
 import secrets
 from multiprocessing.connection import Connection
 
-import numpy as np
+import torch
+import uvloop
 from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 
 from triptych import __version__, wire
+from triptych.bench.places import device_of, fill
 from triptych.config import Timeouts, TransportName
+from triptych.errors import ConfigError
 from triptych.refs import AnyRef
 from triptych.stage.http import HttpServer, bind, url_of
 from triptych.transfer.channel import Channel, Sessions
+from triptych.transfer.device_region import open_region
 from triptych.transfer.handshake import Listener
 from triptych.transfer.producer import Producer
-from triptych.transfer.region import Region
+from triptych.transfer.region import round_up
 from triptych.transfer.transports.choice import open_transports
 from triptych.transfer.transports.http import transfer_route
 
 IDENTITY = wire.ModelIdentity("bench", "bench", "float32", "")
 HOLDER = "bench"
-SEED = 7
 
 
-def content(nbytes: int) -> np.ndarray:
-    """What the region holds from its first area on: (nbytes,) uint8, the same in every process."""
-    return np.random.default_rng(SEED).integers(0, 256, nbytes, dtype=np.uint8)
+class Started(wire.Message, frozen=True, tag="bench-started"):
+    """First on the pipe: this process is ready, or why it is not."""
+
+    error: str = ""
+    offers: tuple[wire.TransportOffer, ...] = ()
+    offset: int = 0
+    """Of the content in the region."""
 
 
-def run(pipe: Connection, secret: bytes, name: TransportName, nbytes: int) -> None:
+class Lend(wire.Message, frozen=True, tag="bench-lend"):
+    """Ask for a slot of ``pieces`` equal pieces that are all ready; the answer is a Claim."""
+
+    nbytes: int
+    pieces: int
+
+
+def run(pipe: Connection, secret: bytes, name: TransportName, device: str, nbytes: int) -> None:
     """Entry of the child process. Ends when ``pipe`` closes."""
-    asyncio.run(_Lender(pipe, secret, name, nbytes).serve())
+    torch.set_num_threads(1)
+    try:
+        lender = _Lender(pipe, secret, name, device_of(device), nbytes)
+    except ConfigError as error:
+        pipe.send_bytes(wire.encode(Started(error.message)))
+    else:
+        uvloop.run(lender.serve())
 
 
 class _Lender:
-    def __init__(self, pipe: Connection, secret: bytes, name: TransportName, nbytes: int) -> None:
+    def __init__(
+        self, pipe: Connection, secret: bytes, name: TransportName, device: torch.device,
+        nbytes: int,
+    ) -> None:  # fmt: skip
         self._pipe = pipe
         self._socket = bind("127.0.0.1", 0)
+        self._socket.listen()  # whoever dials before the server runs, waits
         url, self._nonce = url_of(self._socket), secrets.token_hex(16)
         timeouts = Timeouts()
-        self._region = Region(nbytes, self._nonce)
-        self._offset = self._region.carve(nbytes)
-        self._region.view(self._offset, nbytes)[:] = content(nbytes).tobytes()
+        area = round_up(nbytes)
+        self._region = open_region(area, self._nonce, device)
+        self._offset = self._region.carve(area)
+        fill(self._region.tensor(self._offset, (area,), torch.uint8))
         self._producer = Producer(url, self._nonce, timeouts, self._close_slot)
         self._transports = open_transports(name, self._region, url=url, host="127.0.0.1")
         sessions = Sessions()
@@ -68,15 +93,16 @@ class _Lender:
 
         def asked() -> None:
             try:
-                nbytes, pieces = self._pipe.recv()
+                lend = wire.decode(self._pipe.recv_bytes(), Lend)
             except EOFError:
                 loop.remove_reader(self._pipe.fileno())
                 closed.set()
             else:
-                self._pipe.send_bytes(wire.encode(wire.Claim(0, self._lend(nbytes, pieces), "")))
+                self._pipe.send_bytes(wire.encode(wire.Claim(0, self._lend(lend), "")))
 
         loop.add_reader(self._pipe.fileno(), asked)
         serving = asyncio.create_task(self._server.run_until_stopped())
+        self._pipe.send_bytes(wire.encode(Started(offers=self._offers(), offset=self._offset)))
         await closed.wait()
         self._producer.close()
         self._server.stop()
@@ -85,11 +111,10 @@ class _Lender:
             transport.close()
         self._region.close()
 
-    def _lend(self, nbytes: int, pieces: int) -> AnyRef:
-        """A slot of ``pieces`` equal pieces that are all ready."""
-        size = nbytes // pieces
-        ref = self._producer.lend_kv(pieces, 1, size, holder=HOLDER, request_id=HOLDER)
-        ready = [wire.Piece(self._offset + i * size, size) for i in range(pieces)]
+    def _lend(self, lend: Lend) -> AnyRef:
+        size = lend.nbytes // lend.pieces
+        ref = self._producer.lend_kv(lend.pieces, 1, size, holder=HOLDER, request_id=HOLDER)
+        ready = [wire.Piece(self._offset + i * size, size) for i in range(lend.pieces)]
         self._producer.ready(ref.slot, ready, last=True)
         return ref
 
@@ -99,6 +124,9 @@ class _Lender:
     def _on_message(self, channel: Channel, message: wire.ChannelMessage) -> None:
         self._producer.handle(channel, message)
 
+    def _offers(self) -> tuple[wire.TransportOffer, ...]:
+        return tuple(transport.offer() for transport in self._transports.values())
+
     def _welcome(self) -> wire.Welcome:
         return wire.Welcome(
             session="",
@@ -106,7 +134,7 @@ class _Lender:
             worker_id="bench-producer",
             process=self._nonce,
             proof="",
-            offers=tuple(transport.offer() for transport in self._transports.values()),
+            offers=self._offers(),
         )
 
 

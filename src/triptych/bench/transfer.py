@@ -1,199 +1,258 @@
 """``triptych bench transfer``: what it takes to bring ready bytes from one process to another.
 
 For every size, number of pieces and transport: a *pull* (claim, ready, read, validate, release;
-what a consumer waits for once an embedding is ready) and the *read* inside it, with a copy of the
-same bytes within this process timed in turn with them, since machines are shared and noisy.
+what a consumer waits for once an embedding is ready) and the *read* inside it. A copy of the same
+bytes within this process, and for Mooncake the engine alone, are timed in turn with them, since
+machines are shared and noisy. Everything runs in this process but the producer.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import multiprocessing
 import secrets
-import statistics
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import TypeVar
 
-import numpy as np
+import msgspec
+import torch
 from rich.console import Console
-from rich.table import Table
 
 from triptych import wire
-from triptych.bench import producer
-from triptych.config import BenchConfig, Timeouts, TransportName
+from triptych.bench import plot, producer, report
+from triptych.bench.bare import BareEngine
+from triptych.bench.places import Places, device_of
+from triptych.config import BenchTransferConfig, Timeouts, TransportName
 from triptych.errors import ConfigError, TransferFailed
-from triptych.refs import AnyRef
+from triptych.transfer.channel import Channel, OnLost, OnMessage
 from triptych.transfer.consumer import Consumer
 from triptych.transfer.handshake import dial
-from triptych.transfer.region import Region
+from triptych.transfer.transports.base import Read
 from triptych.transfer.transports.choice import open_transports
+from triptych.transfer.transports.mooncake import MooncakeTransport
 
-WARM = 2
-"""Pulls of each kind that are not counted."""
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+TRANSPORTS: tuple[TransportName, ...] = ("shm", "http", "mooncake")
+M = TypeVar("M", bound=wire.Message)
+
+LEAST = 5
+"""Counted rounds of a row, however long they take."""
+START_S = 120.0
+"""The producer's process imports torch and takes its memory."""
+ANSWER_S = 10.0
 JOIN_S = 10.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """Medians of one size, number of pieces and transport."""
-
-    transport: str
-    nbytes: int
-    pieces: int
-    pull_us: float
-    read_us: float
-    copy_us: float
-    """The same bytes copied within one process, one thread."""
-
-    @property
-    def gb_per_s(self) -> float:
-        return self.nbytes / self.read_us / 1000
-
-    @property
-    def ratio(self) -> float:
-        """Of the copy's speed that the read reaches."""
-        return self.copy_us / self.read_us
+PLAIN_WIDTH = 120
+"""Columns of the output where it goes to a file."""
 
 
 def parse_size(text: str) -> int:
     """Bytes of "64K", "16M", "1G" or "4096". Raises ConfigError."""
     digits = text.rstrip("KMG")
-    unit = UNITS.get(text[len(digits) :])
+    unit = report.UNITS.get(text[len(digits) :])
     if unit is None or not digits.isdecimal() or int(digits) < 1:
         raise ConfigError(f"not a size: {text!r}; write 4096, 64K, 16M or 1G")
     return int(digits) * unit
 
 
-async def run(config: BenchConfig) -> int:
-    """Print the table, write the JSON. The exit status."""
-    console = Console(highlight=False)
-    sizes = [parse_size(size) for size in config.sizes]
-    if not sizes or not config.transports or min(config.pieces, default=0) < 1:
-        raise ConfigError("bench transfer needs sizes, transports and numbers of pieces")
-    rows: list[Row] = []
-    for name in config.transports:
-        with console.status(f"{name}: {', '.join(config.sizes)}"):
-            rows += await measure(name, sizes, config.pieces, config.repeats)
-    console.print(_table(rows))
+@dataclass(frozen=True)
+class Case:
+    """What one row measures."""
+
+    nbytes: int
+    pieces: int
+
+
+def cases(sizes: Sequence[str], pieces: Sequence[int]) -> list[Case]:
+    """Raises ConfigError."""
+    if not sizes or min(pieces, default=0) < 1:
+        raise ConfigError("bench transfer needs --sizes, and --pieces of at least 1")
+    found = [Case(parse_size(size), count) for size in sizes for count in pieces]
+    for case in found:
+        if case.nbytes % case.pieces:
+            raise ConfigError(f"{case.nbytes} bytes cannot be cut into {case.pieces} equal pieces")
+    return found
+
+
+async def run(config: BenchTransferConfig) -> int:
+    """Print the tables, write the files. The exit status."""
+    todo = cases(config.sizes, config.pieces)
+    if config.plot is not None:
+        plot.check(config.plot)
+    torch.set_num_threads(1)  # one core copies, as one core reads
+    console = Console(
+        highlight=False, markup=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH
+    )
+    device = device_of(config.device)
+    producer_device = device_of(config.producer_device or config.device)
+    found = report.report(str(producer_device), str(device))
+    console.print(f"from {producer_device} to {device}, {found.cpus} cores, load {found.load:.1f}")
+    places = Places(max(case.nbytes for case in todo), device, producer_device)
+    try:
+        for name in config.transports or TRANSPORTS:
+            try:
+                with console.status(f"{name}: {', '.join(config.sizes)}"):
+                    rows = await measure(name, places, todo, config)
+            except _Absent as exc:
+                if config.transports:
+                    raise ConfigError(exc.message) from exc
+                console.print(f"\n{name} is not measured: {exc.message}")
+                found = msgspec.structs.replace(found, absent={**found.absent, name: exc.message})
+                continue
+            console.print(f"\n{name}{f' ({rows[0].protocol})' if rows[0].protocol else ''}")
+            console.print(report.table(rows))
+            found = msgspec.structs.replace(found, rows=(*found.rows, *rows))
+    finally:
+        places.close()
     if config.json is not None:
-        found = [{**asdict(row), "gb_per_s": row.gb_per_s, "ratio": row.ratio} for row in rows]
-        config.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        report.save(found, config.json)
+    if config.plot is not None:
+        plot.draw(found, config.plot)
     return 0
 
 
+class _Absent(ConfigError):
+    """A transport cannot be had here between these devices."""
+
+
 async def measure(
-    name: TransportName, sizes: Sequence[int], pieces: Sequence[int], repeats: int
-) -> list[Row]:
-    """All rows of one transport, against a child process that lives as long as this takes."""
+    name: TransportName, places: Places, todo: Sequence[Case], config: BenchTransferConfig
+) -> list[report.Row]:
+    """All rows of one transport, against a child process that lives as long as this takes.
+
+    Raises TransferFailed, _Absent and what ``Places.check`` raises.
+    """
+    largest = max(case.nbytes for case in todo)
+    async with _child(name, str(places.producer_device), largest) as (pipe, secret):
+        started = await asyncio.to_thread(_ask, pipe, None, producer.Started, START_S)
+        if started.error:
+            raise _Absent(f"the producer's process: {started.error}")
+        timeouts, region = Timeouts(), places.region
+        try:
+            transports = open_transports(name, region, url="http://127.0.0.1:1", host="127.0.0.1")
+        except ConfigError as exc:
+            raise _Absent(exc.message) from exc
+
+        async def connect(url: str, on_message: OnMessage, on_lost: OnLost) -> Channel:
+            return await dial(url, producer.hello, secret, timeouts, None, on_message, on_lost)
+
+        consumer = Consumer(connect, region, transports, timeouts)
+        bare, protocol = None, ""
+        if isinstance(transport := transports[name], MooncakeTransport):
+            bare = BareEngine(transport, region, started.offers[0])
+            protocol = transport.protocol
+        bench = _Bench(pipe, consumer, places, bare, started.offset)
+        try:
+            await bench.reach()
+            rows = []
+            for case in todo:
+                times = await bench.times(case, config.repeats, config.seconds)
+                rows.append(times.row(name, protocol, case.nbytes, case.pieces))
+            return rows
+        finally:
+            await consumer.close()
+            transport.close()
+
+
+@asynccontextmanager
+async def _child(
+    name: TransportName, device: str, nbytes: int
+) -> AsyncIterator[tuple[Connection, bytes]]:
+    """The producer's process: the pipe to it and the secret of its channel."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     secret = secrets.token_hex(16).encode()
-    child = context.Process(target=producer.run, args=(theirs, secret, name, max(sizes)))
+    child = context.Process(target=producer.run, args=(theirs, secret, name, device, nbytes))
     child.start()
     theirs.close()
-    region = Region(max(sizes), secrets.token_hex(16))
-    offset = region.carve(max(sizes))
-    timeouts = Timeouts()
-    transports = open_transports(name, region, url="http://127.0.0.1:1", host="127.0.0.1")
-
-    async def connect(url, on_message, on_lost):  # type: ignore[no-untyped-def]
-        return await dial(url, producer.hello, secret, timeouts, None, on_message, on_lost)
-
-    consumer = Consumer(connect, region, transports, timeouts)
-    bench = _Bench(pipe, consumer, region, offset, timeouts.kv)
     try:
-        return [
-            await bench.row(name, nbytes, count, repeats)
-            for nbytes in sizes
-            for count in pieces
-            if nbytes % count == 0
-        ]
+        yield pipe, secret
     finally:
-        await consumer.close()
         pipe.close()
         await asyncio.to_thread(child.join, JOIN_S)
         child.kill()
-        for transport in transports.values():
-            transport.close()
-        region.close()
+
+
+def _ask(pipe: Connection, question: wire.Message | None, kind: type[M], limit_s: float) -> M:
+    """What the producer's process says. Raises TransferFailed. Blocks."""
+    try:
+        if question is not None:
+            pipe.send_bytes(wire.encode(question))
+        if pipe.poll(limit_s):
+            return wire.decode(pipe.recv_bytes(), kind)
+    except (EOFError, ConnectionError):
+        raise TransferFailed("the producer's process has ended") from None
+    raise TransferFailed(f"the producer's process said nothing for {limit_s:g} s")
 
 
 class _Bench:
+    """``bare``: where there is one. ``remote``: offset of the content in the producer's region."""
+
     def __init__(
-        self, pipe: Connection, consumer: Consumer, region: Region, offset: int, timeout_s: float
-    ) -> None:
+        self, pipe: Connection, consumer: Consumer, places: Places, bare: BareEngine | None,
+        remote: int,
+    ) -> None:  # fmt: skip
         self._pipe = pipe
         self._consumer = consumer
-        self._target = np.frombuffer(region.view(offset, region.nbytes - offset), np.uint8)
-        self._offset = offset
-        self._timeout_s = timeout_s
+        self._places = places
+        self._bare = bare
+        self._remote = remote
 
-    async def row(self, name: str, nbytes: int, pieces: int, repeats: int) -> Row:
-        pulls, reads, copies = [], [], []
-        source, target = producer.content(nbytes), np.zeros(nbytes, np.uint8)
-        for _ in range(WARM + repeats):
-            self._target[:nbytes:4096] = 0
-            pull, read = await self._pull(nbytes, pieces)
-            pulls.append(pull)
-            reads.append(read)
-            begin = time.perf_counter()
-            np.copyto(target, source)
-            copies.append(time.perf_counter() - begin)
-            if not np.array_equal(self._target[:nbytes], source):
-                raise TransferFailed(f"{name}: {nbytes} bytes arrived wrong")
-        medians = [1e6 * statistics.median(times[WARM:]) for times in (pulls, reads, copies)]
-        return Row(name, nbytes, pieces, *medians)
+    async def reach(self) -> None:
+        """Open the channel and choose the transport. Raises _Absent when it does not work."""
+        try:
+            await self._pull(Case(1, 1))
+        except TransferFailed as exc:
+            raise _Absent(exc.message) from exc
 
-    async def _pull(self, nbytes: int, pieces: int) -> tuple[float, float]:
+    async def times(self, case: Case, repeats: int, seconds: float) -> report.Times:
+        """Rounds until there are ``repeats`` or ``seconds`` have passed."""
+        times = report.Times()
+        await self._checked(case)
+        begin = time.perf_counter()
+        while len(times.pull) < repeats and (
+            len(times.pull) < LEAST or time.perf_counter() < begin + seconds
+        ):
+            self._places.soil(case.nbytes)
+            pull, read = await self._pull(case)
+            times.pull.append(pull)
+            times.read.append(read)
+            if self._bare is not None:
+                times.bare.append(self._bare.read(self._reads(case)))
+            times.copy.append(self._places.copy(case.nbytes))
+        await self._checked(case)
+        return times
+
+    async def _checked(self, case: Case) -> None:
+        """A round with a look at every byte. Raises TransferFailed."""
+        self._places.copy(case.nbytes)
+        self._places.clear(case.nbytes)
+        await self._pull(case)
+        self._places.check(case.nbytes, case.pieces)
+        if self._bare is not None:
+            self._places.clear(case.nbytes)
+            self._bare.read(self._reads(case))
+            self._places.check(case.nbytes, case.pieces)
+
+    async def _pull(self, case: Case) -> tuple[float, float]:
         """Seconds of the pull and of the read in it."""
-        ref = await asyncio.to_thread(self._lend, nbytes, pieces)
-        size = nbytes // pieces
-        place = partial(_places, self._offset, size)
+        lend = producer.Lend(case.nbytes, case.pieces)
+        claim = await asyncio.to_thread(_ask, self._pipe, lend, wire.Claim, ANSWER_S)
+        offsets = self._places.offsets(case.nbytes, case.pieces)
         begin = time.perf_counter()
         pulled = await self._consumer.pull(
-            ref, producer.HOLDER, place, lambda first, count, ready: None, self._timeout_s
+            claim.ref,
+            producer.HOLDER,
+            lambda first, pieces: offsets[first : first + len(pieces)],
+            lambda first, count, ready: None,
+            Timeouts().kv,
         )
         return time.perf_counter() - begin, pulled.read_s
 
-    def _lend(self, nbytes: int, pieces: int) -> AnyRef:
-        self._pipe.send((nbytes, pieces))
-        return wire.decode(self._pipe.recv_bytes(), wire.Claim).ref
-
-
-def _places(offset: int, size: int, first: int, pieces: Sequence[wire.Piece]) -> list[int]:
-    return [offset + (first + i) * size for i in range(len(pieces))]
-
-
-def _table(rows: Sequence[Row]) -> Table:
-    table = Table(
-        "transport",
-        title="medians; copy: the same bytes within one process; ratio: speed of read to copy",
-    )
-    for name in ("size", "pieces", "pull", "read", "GB/s", "copy", "ratio"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
-            row.transport,
-            _size(row.nbytes),
-            str(row.pieces),
-            _time(row.pull_us),
-            _time(row.read_us),
-            f"{row.gb_per_s:.2f}",
-            _time(row.copy_us),
-            f"{row.ratio:.2f}",
-        )
-    return table
-
-
-def _size(nbytes: int) -> str:
-    unit, name = next((unit, name) for name, unit in reversed(UNITS.items()) if nbytes % unit == 0)
-    return f"{nbytes // unit} {name}iB" if name else f"{nbytes} B"
-
-
-def _time(us: float) -> str:
-    return f"{us:.0f} µs" if us < 1000 else f"{us / 1000:.2f} ms"
+    def _reads(self, case: Case) -> list[Read]:
+        size = case.nbytes // case.pieces
+        offsets = self._places.offsets(case.nbytes, case.pieces)
+        return [Read(self._remote + i * size, to, size) for i, to in enumerate(offsets)]

@@ -177,6 +177,11 @@ class MooncakeTransport:
                 )
         self._registered = True
 
+    @property
+    def engine(self) -> TransferEngine:
+        """The engine itself, for who measures it alone."""
+        return self._engine
+
     def offer(self) -> TransportOffer:
         return TransportOffer(
             kind=self.kind,
