@@ -32,23 +32,35 @@ def test_every_transport_is_measured_checked_and_drawn(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = report.load(out)
     assert (found.producer, found.consumer, found.absent) == ("cpu", "cpu", {})
+    kinds = {"shm": (1, 16), "shm, in place": (1,), "http": (1, 16), "mooncake": (1, 16)}
     assert [(row.transport, row.nbytes, row.pieces) for row in found.rows] == [
-        (transport, nbytes, pieces)
-        for transport in ("shm", "http", "mooncake")
+        (transport, nbytes, count)
+        for transport, pieces in kinds.items()
         for nbytes in (1 << 16, 1 << 20)
-        for pieces in (1, 16)
+        for count in pieces
     ]
     for row in found.rows:
-        assert 0 < row.read_us < row.pull_us <= row.pull_p99_us
+        assert 5 <= row.rounds <= 6 and row.pull_us <= row.pull_p99_us
         assert 0 < row.handoff_us < row.pull_us and row.handoff_us <= row.handoff_p99_us
+        if row.transport == "shm, in place":
+            assert row.read_us is row.gb_per_s is row.of_copy is row.bare_us is None
+            continue
+        assert row.read_us is not None and 0 < row.read_us < row.pull_us
         assert row.of_copy == pytest.approx(row.copy_us / row.read_us)
-        assert 5 <= row.rounds <= 6
         bare = row.transport == "mooncake"
         assert row.protocol == ("tcp" if bare else "")
         assert (row.bare_us is not None) == (row.of_bare is not None) == bare
         if row.bare_us is not None:
             assert row.of_bare == pytest.approx(row.bare_us / row.read_us)
-    for word in ("shm", "http", "mooncake (tcp)", "of copy", "of bare", "64 KiB", "pull p99"):
+    for word in (
+        "shm, in place",
+        "http",
+        "mooncake (tcp)",
+        "of copy",
+        "of bare",
+        "64 KiB",
+        "pull p99",
+    ):
         assert word in done.stdout
     drawn = svg.read_text()
     for word in ("copy in one process", "shm, 16 pieces", "Transfer Engine alone", "1 MiB", "GB/s"):
@@ -67,7 +79,7 @@ def test_what_is_not_here_is_named_unless_it_was_asked_for(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert "mooncake is not measured" in done.stdout and "triptych[mooncake]" in done.stdout
     found = report.load(out)
-    assert {row.transport for row in found.rows} == {"shm", "http"}
+    assert {row.transport for row in found.rows} == {"shm", "shm, in place", "http"}
     assert "not on this machine" in found.absent["mooncake"]
     done = bench("transfer", *few, "--transports", "mooncake", path=str(tmp_path))
     assert done.returncode == 2

@@ -101,6 +101,15 @@ def test_a_copy_passes_for_one_piece_and_not_for_pieces_in_another_order(places:
         places.check(NBYTES, 2)
 
 
+def test_a_view_is_checked_to_the_last_byte(places: Places) -> None:
+    view = torch.empty(NBYTES, dtype=torch.uint8)
+    fill(view)
+    places.check_view(view, NBYTES)
+    view[-1] ^= 1
+    with pytest.raises(TransferFailed, match="in place"):
+        places.check_view(view, NBYTES)
+
+
 def test_what_was_there_before_does_not_pass(places: Places) -> None:
     for forget in (places.clear, places.soil):
         places.copy(NBYTES)
@@ -178,6 +187,7 @@ def test_the_bare_engine_fails_aloud() -> None:
 def test_a_row_has_medians_and_percentiles() -> None:
     times = report.Times(
         pull=[i * 1e-3 for i in range(1, 201)],
+        handoff=[i * 1e-3 - 0.5e-3 for i in range(1, 201)],
         read=[0.5e-3] * 200,
         copy=[0.25e-3] * 200,
         bare=[0.4e-3] * 200,
@@ -189,6 +199,10 @@ def test_a_row_has_medians_and_percentiles() -> None:
     times.bare.clear()
     row = times.row("shm", "", 1_000_000, 4)
     assert row.bare_us is row.of_bare is None
+    times.read.clear()
+    row = times.row("shm, in place", "", 1_000_000, 1)
+    assert row.read_us is row.gb_per_s is row.of_copy is None
+    assert row.copy_us == pytest.approx(250)
 
 
 def made(*rows: report.Row) -> report.Report:
@@ -196,7 +210,7 @@ def made(*rows: report.Row) -> report.Report:
 
 
 def row(transport: str = "shm", pieces: int = 1, seconds: float = 1e-3) -> report.Row:
-    times = report.Times(pull=[2 * seconds], read=[seconds], copy=[seconds])
+    times = report.Times([2 * seconds], [seconds], [seconds], [seconds])
     return times.row(transport, "", 1 << 20, pieces)
 
 

@@ -97,6 +97,11 @@ class Places:
             if not torch.equal(self._target[start : start + size], wanted):
                 raise TransferFailed(f"piece {i} of {nbytes} bytes in {pieces} arrived wrong")
 
+    def check_view(self, memory: torch.Tensor, nbytes: int) -> None:
+        """Raises TransferFailed unless ``memory``, host memory, has the content."""
+        if not torch.equal(memory, self._source[:nbytes].cpu()):
+            raise TransferFailed(f"{nbytes} bytes are wrong in place")
+
     def close(self) -> None:
         self.region.close()
         self._local.close()

@@ -38,15 +38,16 @@ def check(path: Path) -> None:
 
 def draw(found: Report, path: Path) -> None:
     """Raises ConfigError."""
-    if not found.rows:
+    rows = [row for row in found.rows if row.read_us is not None]
+    if not rows:
         raise ConfigError("there is nothing to plot")
     matplotlib, figures = _matplotlib()
     with matplotlib.rc_context(_SETTINGS):
         figure = figures.Figure(figsize=(7.5, 5.2), layout="constrained")
         axes = figure.add_subplot()
-        _lines(axes, found.rows)
-        sizes = sorted({row.nbytes for row in found.rows})
-        decades = _decades([row.gb_per_s for row in found.rows])
+        _lines(axes, rows)
+        sizes = sorted({row.nbytes for row in rows})
+        decades = _decades([_speed(row, row.read_us) for row in rows])
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         slant = 30 if len(sizes) > 5 else 0
@@ -70,7 +71,7 @@ def _lines(axes: Any, rows: Sequence[Row]) -> None:
     """The copy, and for each transport one piece (full) and the most pieces (hollow, dashed)."""
     copies: dict[int, list[float]] = {}
     for row in rows:
-        copies.setdefault(row.nbytes, []).append(row.nbytes / row.copy_us / 1000)
+        copies.setdefault(row.nbytes, []).append(_speed(row, row.copy_us))
     points = sorted((nbytes, statistics.median(speeds)) for nbytes, speeds in copies.items())
     axes.plot(*zip(*points, strict=True), color=_GREY, ls="--", label="copy in one process")
     few, many = min(row.pieces for row in rows), max(row.pieces for row in rows)
@@ -81,9 +82,11 @@ def _lines(axes: Any, rows: Sequence[Row]) -> None:
             look = {"color": color, "marker": marker}
             if pieces != few:
                 look |= {"ls": "--", "markerfacecolor": "white"}
-            _line(axes, _label(own[0]), [(row.nbytes, row.gb_per_s) for row in own], look)
+            _line(
+                axes, _label(own[0]), [(row.nbytes, _speed(row, row.read_us)) for row in own], look
+            )
         bare = [
-            (row.nbytes, row.nbytes / row.bare_us / 1000)
+            (row.nbytes, _speed(row, row.bare_us))
             for row in rows
             if row.transport == name and row.pieces == few and row.bare_us is not None
         ]
@@ -94,6 +97,12 @@ def _lines(axes: Any, rows: Sequence[Row]) -> None:
 
 def _line(axes: Any, label: str, points: Sequence[tuple[int, float]], look: dict[str, str]) -> None:
     axes.plot(*zip(*sorted(points), strict=True), label=label, lw=1.6, ms=5, **look)
+
+
+def _speed(row: Row, us: float | None) -> float:
+    """GB/s of something that was measured."""
+    assert us is not None
+    return row.nbytes / us / 1000
 
 
 def _label(row: Row) -> str:

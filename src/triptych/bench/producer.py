@@ -33,13 +33,17 @@ class Started(wire.Message, frozen=True, tag="bench-started"):
     """First on the pipe: this process is ready, or why it is not."""
 
     error: str = ""
+    url: str = ""
     offers: tuple[wire.TransportOffer, ...] = ()
     offset: int = 0
     """Of the content in the region."""
 
 
 class Lend(wire.Message, frozen=True, tag="bench-lend"):
-    """Ask for a slot of ``pieces`` equal pieces that are all ready; the answer is a Claim."""
+    """Ask for a slot of ``pieces`` equal pieces that are all ready; the answer is a Claim.
+
+    0 pieces: an embedding, which can be borrowed.
+    """
 
     nbytes: int
     pieces: int
@@ -64,7 +68,8 @@ class _Lender:
         self._pipe = pipe
         self._socket = bind("127.0.0.1", 0)
         self._socket.listen()  # whoever dials before the server runs, waits
-        url, self._nonce = url_of(self._socket), secrets.token_hex(16)
+        self._url = url = url_of(self._socket)
+        self._nonce = secrets.token_hex(16)
         timeouts = Timeouts()
         area = round_up(nbytes)
         self._region = open_region(area, self._nonce, device)
@@ -102,7 +107,8 @@ class _Lender:
 
         loop.add_reader(self._pipe.fileno(), asked)
         serving = asyncio.create_task(self._server.run_until_stopped())
-        self._pipe.send_bytes(wire.encode(Started(offers=self._offers(), offset=self._offset)))
+        started = Started(url=self._url, offers=self._offers(), offset=self._offset)
+        self._pipe.send_bytes(wire.encode(started))
         await closed.wait()
         self._producer.close()
         self._server.stop()
@@ -112,6 +118,13 @@ class _Lender:
         self._region.close()
 
     def _lend(self, lend: Lend) -> AnyRef:
+        if lend.pieces == 0:
+            piece, shape = wire.Piece(self._offset, lend.nbytes), (1, 1, lend.nbytes)
+            item = self._producer.lend_embedding(
+                piece, "bench", "uint8", shape, holder=HOLDER, request_id=HOLDER
+            )
+            self._producer.ready(item.slot, [piece], last=True)
+            return item
         size = lend.nbytes // lend.pieces
         ref = self._producer.lend_kv(lend.pieces, 1, size, holder=HOLDER, request_id=HOLDER)
         ready = [wire.Piece(self._offset + i * size, size) for i in range(lend.pieces)]

@@ -22,7 +22,10 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One transport, size and number of pieces. Times are medians in µs, p99 where it says so."""
+    """One transport, size and number of pieces. Times are medians in µs, p99 where it says so.
+
+    Bytes used in place, in their producer's memory, are a transport of their own, without a read.
+    """
 
     transport: str
     protocol: str
@@ -32,19 +35,19 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     rounds: int
     """Counted rounds: one pull, one copy and where there is one the bare engine, in turn."""
     pull_us: float
-    """What a consumer waits for once bytes are ready: claim, ready, read, validate."""
+    """What a consumer waits for once bytes are ready: claim, ready, read if any, validate."""
     pull_p99_us: float
     handoff_us: float
-    """A pull without its read."""
+    """A pull without its read; in place, from the claim to a usable view."""
     handoff_p99_us: float
-    read_us: float
+    read_us: float | None
     copy_us: float
     """The same bytes copied between the same two places within one process."""
     bare_us: float | None
     """The same reads by the Transfer Engine alone; None for other transports."""
-    gb_per_s: float
+    gb_per_s: float | None
     """Of the read; 10**9 bytes."""
-    of_copy: float
+    of_copy: float | None
     """Speed of the read over that of the copy."""
     of_bare: float | None
     """Speed of the read over that of the bare engine."""
@@ -75,14 +78,15 @@ class Times:
     """Seconds of each round of one row."""
 
     pull: list[float] = field(default_factory=list)
+    handoff: list[float] = field(default_factory=list)
     read: list[float] = field(default_factory=list)
     copy: list[float] = field(default_factory=list)
     bare: list[float] = field(default_factory=list)
 
     def row(self, transport: str, protocol: str, nbytes: int, pieces: int) -> Row:
-        handoff = [pull - read for pull, read in zip(self.pull, self.read, strict=True)]
-        read, copy = _median(self.read), _median(self.copy)
+        read = _median(self.read) if self.read else None
         bare = _median(self.bare) if self.bare else None
+        copy = _median(self.copy)
         return Row(
             transport=transport,
             protocol=protocol,
@@ -91,14 +95,14 @@ class Times:
             rounds=len(self.pull),
             pull_us=_median(self.pull),
             pull_p99_us=_p99(self.pull),
-            handoff_us=_median(handoff),
-            handoff_p99_us=_p99(handoff),
+            handoff_us=_median(self.handoff),
+            handoff_p99_us=_p99(self.handoff),
             read_us=read,
             copy_us=copy,
             bare_us=bare,
-            gb_per_s=nbytes / read / 1000,
-            of_copy=copy / read,
-            of_bare=None if bare is None else bare / read,
+            gb_per_s=read and nbytes / read / 1000,
+            of_copy=read and copy / read,
+            of_bare=read and bare and bare / read,
         )
 
 
@@ -139,19 +143,31 @@ def load(path: Path) -> Report:
 
 def table(rows: Sequence[Row]) -> Table:
     """Of one transport."""
-    names = ["size", "pieces", "pull p50", "pull p99", "hand-off", "read", "GB/s", "copy"]
-    names += ["of copy", "bare", "of bare"] if rows[0].bare_us is not None else ["of copy"]
+    lines = [_cells(row) for row in rows]
     shown = Table(box=box.MARKDOWN)
-    for name in names:
+    for name in lines[0]:
         shown.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        times = (row.pull_us, row.pull_p99_us, row.handoff_us, row.read_us)
-        cells = [size(row.nbytes), str(row.pieces), *map(_time, times)]
-        cells += [f"{row.gb_per_s:.3g}", _time(row.copy_us), f"{row.of_copy:.2f}"]
-        if row.bare_us is not None and row.of_bare is not None:
-            cells += [_time(row.bare_us), f"{row.of_bare:.2f}"]
-        shown.add_row(*cells)
+    for line in lines:
+        shown.add_row(*line.values())
     return shown
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """By column."""
+    cells = {
+        "size": size(row.nbytes),
+        "pieces": str(row.pieces),
+        "pull p50": _time(row.pull_us),
+        "pull p99": _time(row.pull_p99_us),
+        "hand-off": _time(row.handoff_us),
+    }
+    if row.read_us is None or row.gb_per_s is None:
+        return {**cells, "its p99": _time(row.handoff_p99_us), "copy": _time(row.copy_us)}
+    cells |= {"read": _time(row.read_us), "GB/s": f"{row.gb_per_s:.3g}"}
+    cells |= {"copy": _time(row.copy_us), "of copy": f"{row.of_copy:.2f}"}
+    if row.bare_us is not None:
+        cells |= {"bare": _time(row.bare_us), "of bare": f"{row.of_bare:.2f}"}
+    return cells
 
 
 def size(nbytes: int) -> str:

@@ -9,11 +9,12 @@ machines are shared and noisy. Everything runs in this process but the producer.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import multiprocessing
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -29,6 +30,7 @@ from triptych.bench.bare import BareEngine
 from triptych.bench.places import Places, device_of
 from triptych.config import BenchTransferConfig, Timeouts, TransportName
 from triptych.errors import ConfigError, TransferFailed
+from triptych.refs import EmbeddingRef
 from triptych.transfer.channel import Channel, OnLost, OnMessage
 from triptych.transfer.consumer import Consumer
 from triptych.transfer.handshake import dial
@@ -102,8 +104,9 @@ async def run(config: BenchTransferConfig) -> int:
                 console.print(f"\n{name} is not measured: {exc.message}")
                 found = msgspec.structs.replace(found, absent={**found.absent, name: exc.message})
                 continue
-            console.print(f"\n{name}{f' ({rows[0].protocol})' if rows[0].protocol else ''}")
-            console.print(report.table(rows))
+            for kind, own in itertools.groupby(rows, lambda row: row.transport):
+                console.print(f"\n{kind}{f' ({rows[0].protocol})' if rows[0].protocol else ''}")
+                console.print(report.table(list(own)))
             found = msgspec.structs.replace(found, rows=(*found.rows, *rows))
     finally:
         places.close()
@@ -144,13 +147,17 @@ async def measure(
         if isinstance(transport := transports[name], MooncakeTransport):
             bare = BareEngine(transport, region, started.offers[0])
             protocol = transport.protocol
-        bench = _Bench(pipe, consumer, places, bare, started.offset)
+        bench = _Bench(pipe, consumer, places, bare, started)
         try:
             await bench.reach()
             rows = []
             for case in todo:
                 times = await bench.times(case, config.repeats, config.seconds)
                 rows.append(times.row(name, protocol, case.nbytes, case.pieces))
+            if bench.in_place:
+                for nbytes in sorted({case.nbytes for case in todo}):
+                    times = await bench.times_in_place(nbytes, config.repeats, config.seconds)
+                    rows.append(times.row(f"{name}, in place", protocol, nbytes, 1))
             return rows
         finally:
             await consumer.close()
@@ -188,18 +195,30 @@ def _ask(pipe: Connection, question: wire.Message | None, kind: type[M], limit_s
     raise TransferFailed(f"the producer's process said nothing for {limit_s:g} s")
 
 
+def _rounds(repeats: int, seconds: float) -> Iterator[int]:
+    """Numbers of rounds, until there are ``repeats``, or ``seconds`` have passed since the first
+    and there are ``LEAST``."""
+    begin = time.perf_counter()
+    for index in range(repeats):
+        if index >= LEAST and time.perf_counter() > begin + seconds:
+            return
+        yield index
+
+
 class _Bench:
-    """``bare``: where there is one. ``remote``: offset of the content in the producer's region."""
+    """``bare``: where there is one. ``started``: what the producer said of itself."""
 
     def __init__(
         self, pipe: Connection, consumer: Consumer, places: Places, bare: BareEngine | None,
-        remote: int,
+        started: producer.Started,
     ) -> None:  # fmt: skip
         self._pipe = pipe
         self._consumer = consumer
         self._places = places
         self._bare = bare
-        self._remote = remote
+        self._started = started
+        self.in_place = False
+        """Can the producer's memory be used where it is? Known once it is reached."""
 
     async def reach(self) -> None:
         """Open the channel and choose the transport. Raises _Absent when it does not work."""
@@ -207,28 +226,53 @@ class _Bench:
             await self._pull(Case(1, 1))
         except TransferFailed as exc:
             raise _Absent(exc.message) from exc
+        self.in_place = self._consumer.in_place(self._started.url)
 
     async def times(self, case: Case, repeats: int, seconds: float) -> report.Times:
         """Rounds until there are ``repeats`` or ``seconds`` have passed."""
         times = report.Times()
         await self._checked(case)
-        begin = time.perf_counter()
-        while len(times.pull) < repeats and (
-            len(times.pull) < LEAST or time.perf_counter() < begin + seconds
-        ):
+        for index in _rounds(repeats, seconds):
             # The engine is warmer for the second, so each is first in every other round.
-            bare_first = len(times.pull) % 2 == 1
+            bare_first = index % 2 == 1
             if self._bare is not None and bare_first:
                 times.bare.append(self._bare.read(self._reads(case)))
             self._places.soil(case.nbytes)
             pull, read = await self._pull(case)
             times.pull.append(pull)
             times.read.append(read)
+            times.handoff.append(pull - read)
             if self._bare is not None and not bare_first:
                 times.bare.append(self._bare.read(self._reads(case)))
             times.copy.append(self._places.copy(case.nbytes))
         await self._checked(case)
         return times
+
+    async def times_in_place(self, nbytes: int, repeats: int, seconds: float) -> report.Times:
+        """As ``times``, of an embedding that stays where it is."""
+        times = report.Times()
+        await self._borrow(nbytes, look=True)
+        for _ in _rounds(repeats, seconds):
+            pull, handoff = await self._borrow(nbytes, look=False)
+            times.pull.append(pull)
+            times.handoff.append(handoff)
+            times.copy.append(self._places.copy(nbytes))
+        await self._borrow(nbytes, look=True)
+        return times
+
+    async def _borrow(self, nbytes: int, *, look: bool) -> tuple[float, float]:
+        """Seconds of all of it, and of those until there was a view. ``look``: at every byte."""
+        ref = (await self._lend(nbytes, 0)).ref
+        assert isinstance(ref, EmbeddingRef)
+        begin = time.perf_counter()
+        loan = await self._consumer.borrow(ref, producer.HOLDER, Timeouts().embedding)
+        handoff = time.perf_counter() - begin
+        if look:
+            self._places.check_view(loan.memory, nbytes)
+        await loan.validate()
+        pull = time.perf_counter() - begin
+        loan.release()
+        return pull, handoff
 
     async def _checked(self, case: Case) -> None:
         """A round with a look at every byte. Raises TransferFailed."""
@@ -243,8 +287,7 @@ class _Bench:
 
     async def _pull(self, case: Case) -> tuple[float, float]:
         """Seconds of the pull and of the read in it."""
-        lend = producer.Lend(case.nbytes, case.pieces)
-        claim = await asyncio.to_thread(_ask, self._pipe, lend, wire.Claim, ANSWER_S)
+        claim = await self._lend(case.nbytes, case.pieces)
         offsets = self._places.offsets(case.nbytes, case.pieces)
         begin = time.perf_counter()
         pulled = await self._consumer.pull(
@@ -256,7 +299,11 @@ class _Bench:
         )
         return time.perf_counter() - begin, pulled.read_s
 
+    async def _lend(self, nbytes: int, pieces: int) -> wire.Claim:
+        lend = producer.Lend(nbytes, pieces)
+        return await asyncio.to_thread(_ask, self._pipe, lend, wire.Claim, ANSWER_S)
+
     def _reads(self, case: Case) -> list[Read]:
         size = case.nbytes // case.pieces
         offsets = self._places.offsets(case.nbytes, case.pieces)
-        return [Read(self._remote + i * size, to, size) for i, to in enumerate(offsets)]
+        return [Read(self._started.offset + i * size, to, size) for i, to in enumerate(offsets)]
