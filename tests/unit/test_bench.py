@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from triptych.bench import plot, report
+from triptych.bench import plot, report, transfer
 from triptych.bench.bare import BareEngine
 from triptych.bench.places import Places, device_of, fill
 from triptych.bench.transfer import Case, cases, parse_size, run
@@ -56,6 +56,7 @@ def test_nothing_to_measure(sizes: list[str], pieces: list[int]) -> None:
         (BenchTransferConfig(producer_device="meta"), "of a meta device cannot be lent"),
         (BenchTransferConfig(plot=Path("x.pdf")), "ending in .svg or .png"),
         (BenchTransferConfig(plot=Path("/nowhere/x.svg")), "no such folder"),
+        (BenchTransferConfig(json=Path("/nowhere/x.json")), "no such folder"),
     ],
 )
 async def test_what_cannot_be_measured_is_refused_at_once(
@@ -63,6 +64,15 @@ async def test_what_cannot_be_measured_is_refused_at_once(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         await run(config)
+
+
+async def test_a_run_without_a_single_row_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def measure(*_: object) -> list[report.Row]:
+        raise transfer.Absent("no room")
+
+    monkeypatch.setattr(transfer, "measure", measure)
+    with pytest.raises(ConfigError, match="no transport could be measured"):
+        await run(BenchTransferConfig(sizes=("64K",)))
 
 
 @pytest.fixture

@@ -80,10 +80,12 @@ def cases(sizes: Sequence[str], pieces: Sequence[int]) -> list[Case]:
 
 
 async def run(config: BenchTransferConfig) -> int:
-    """Print the tables, write the files. The exit status."""
+    """Print the tables, write the files. The exit status. Raises ConfigError, TransferFailed."""
     todo = cases(config.sizes, config.pieces)
     if config.plot is not None:
         plot.check(config.plot)
+    if config.json is not None and not config.json.parent.is_dir():
+        raise ConfigError(f"{config.json}: there is no such folder")
     torch.set_num_threads(1)  # one core copies, as one core reads
     console = Console(
         highlight=False, markup=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH
@@ -98,7 +100,7 @@ async def run(config: BenchTransferConfig) -> int:
             try:
                 with console.status(f"{name}: {', '.join(config.sizes)}"):
                     rows = await measure(name, places, todo, config)
-            except _Absent as exc:
+            except Absent as exc:
                 if config.transports:
                     raise ConfigError(exc.message) from exc
                 console.print(f"\n{name} is not measured: {exc.message}")
@@ -110,6 +112,8 @@ async def run(config: BenchTransferConfig) -> int:
             found = msgspec.structs.replace(found, rows=(*found.rows, *rows))
     finally:
         places.close()
+    if not found.rows:
+        raise ConfigError("no transport could be measured")
     if config.json is not None:
         report.save(found, config.json)
     if config.plot is not None:
@@ -117,7 +121,7 @@ async def run(config: BenchTransferConfig) -> int:
     return 0
 
 
-class _Absent(ConfigError):
+class Absent(ConfigError):
     """A transport cannot be had here between these devices."""
 
 
@@ -126,18 +130,18 @@ async def measure(
 ) -> list[report.Row]:
     """All rows of one transport, against a child process that lives as long as this takes.
 
-    Raises TransferFailed, _Absent and what ``Places.check`` raises.
+    Raises TransferFailed, Absent and what ``Places.check`` raises.
     """
     largest = max(case.nbytes for case in todo)
     async with _child(name, str(places.producer_device), largest) as (pipe, secret):
         started = await asyncio.to_thread(_ask, pipe, None, producer.Started, START_S)
         if started.error:
-            raise _Absent(f"the producer's process: {started.error}")
+            raise Absent(f"the producer's process: {started.error}")
         timeouts, region = Timeouts(), places.region
         try:
             transports = open_transports(name, region, url="http://127.0.0.1:1", host="127.0.0.1")
         except ConfigError as exc:
-            raise _Absent(exc.message) from exc
+            raise Absent(exc.message) from exc
 
         async def connect(url: str, on_message: OnMessage, on_lost: OnLost) -> Channel:
             return await dial(url, producer.hello, secret, timeouts, None, on_message, on_lost)
@@ -221,11 +225,11 @@ class _Bench:
         """Can the producer's memory be used where it is? Known once it is reached."""
 
     async def reach(self) -> None:
-        """Open the channel and choose the transport. Raises _Absent when it does not work."""
+        """Open the channel and choose the transport. Raises Absent when it does not work."""
         try:
             await self._pull(Case(1, 1))
         except TransferFailed as exc:
-            raise _Absent(exc.message) from exc
+            raise Absent(exc.message) from exc
         self.in_place = self._consumer.in_place(self._started.url)
 
     async def times(self, case: Case, repeats: int, seconds: float) -> report.Times:
