@@ -66,8 +66,9 @@ class Timeouts:
     """Fetching one image from a URL."""
     request: float = 600.0
     """A whole request, whatever it is doing."""
-    worker: float = 5.0
-    """Waiting for a worker of a needed role to be known to the router."""
+    worker: float = 20.0
+    """Waiting for a worker of a needed role to be known to the router. Long enough for one that
+    died to be started again."""
     drain: float = 20.0
     """Finishing running requests at shutdown."""
 

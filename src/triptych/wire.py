@@ -302,6 +302,9 @@ class PrefillRequest(Message, frozen=True, tag="prefill"):
     """The prompt; each item's rows are the next ``rows`` occurrences of the image token."""
     items: tuple[PrefillItem, ...]
     sampling: Sampling
+    resumed: tuple[int, ...] = ()
+    """The answer's tokens so far, when another worker made them and was lost: they are computed
+    with the prompt, and the next token has the index after theirs."""
 
 
 class PrefillResponse(Message, frozen=True, tag="prefill_accepted"):
@@ -324,7 +327,10 @@ class DecodeRequest(Message, frozen=True, tag="decode"):
 
     request_id: str
     kv: KVRef
+    """Of the prompt and of ``resumed``."""
     sampling: Sampling
+    resumed: tuple[int, ...] = ()
+    """As in ``PrefillRequest``."""
 
 
 class Accepted(Message, frozen=True, tag="accepted"):

@@ -175,12 +175,13 @@ class StubWorker:
         return wire.EncodedItem(index=item.index, meta=meta, ref=ref)
 
     def _generate(self, message: wire.PrefillRequest) -> wire.Message:
-        self._send_soon(message.request_id, message.sampling, 0)
+        self._send_soon(message.request_id, message.sampling, len(message.resumed))
         return wire.Accepted()
 
     def _prefill(self, message: wire.PrefillRequest) -> wire.Message:
-        self._send_soon(message.request_id, message.sampling, 0, only_one=True)
-        n_tokens = len(message.token_ids)
+        start = len(message.resumed)
+        self._send_soon(message.request_id, message.sampling, start, only_one=True)
+        n_tokens = len(message.token_ids) + start
         ref = KVRef(
             owner=self.url,
             nonce="",
@@ -194,7 +195,7 @@ class StubWorker:
         return wire.PrefillResponse(kv=ref)
 
     def _decode(self, message: wire.DecodeRequest) -> wire.Message:
-        self._send_soon(message.request_id, message.sampling, 1)
+        self._send_soon(message.request_id, message.sampling, len(message.resumed) + 1)
         return wire.Accepted()
 
     def _send_soon(

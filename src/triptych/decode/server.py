@@ -174,6 +174,7 @@ class DecodeService:
                 first=done.first,
                 next_position=done.next_position,
                 sampling=message.sampling,
+                resumed=message.resumed,
             )
         )
         if done.first.finish:

@@ -193,8 +193,8 @@ class Engine:
         request_id, sampling = message.request_id, message.sampling
         if self._knows(request_id):
             return
-        n_prompt = len(message.token_ids)
-        if n_prompt < 1 or sampling.max_tokens < 1:
+        n_prompt, resumed = len(message.token_ids), message.resumed
+        if n_prompt < 1 or sampling.max_tokens <= len(resumed):
             raise BadRequest("a request needs a prompt and at least one token of answer")
         n_tokens = n_prompt + sampling.max_tokens
         if n_tokens > self._max_tokens:
@@ -202,20 +202,21 @@ class Engine:
                 f"{n_prompt} prompt tokens and {sampling.max_tokens} of answer are more than "
                 f"the {self._max_tokens} that this worker takes"
             )
-        self._check_ids(message.token_ids)
+        self._check_ids((*message.token_ids, *resumed))
         items, row_positions = locate_items(
             message.token_ids, self.model.image_token_id, message.items
         )
         sequence = Sequence(
             request_id=request_id,
-            n_prompt=n_prompt,
-            n_tokens=n_prompt if message.keep_kv else n_tokens,
+            n_prompt=n_prompt + len(resumed),
+            n_tokens=n_prompt + len(resumed) if message.keep_kv else n_tokens,
             sampling=sampling,
             arrived=time.time(),
             items=items,
             keep_kv=message.keep_kv,
+            output=list(resumed),
         )
-        prompt = Prompt.build(self.model, message.token_ids, message.items, row_positions)
+        prompt = Prompt.build(self.model, message.token_ids, message.items, row_positions, resumed)
         sequence.next_position = prompt.next_position
         self._scheduler.add(sequence)
         self._sequences[request_id] = sequence
@@ -261,12 +262,12 @@ class Engine:
             self._end(message.request_id)
             return
         assert reservation.blocks, "decode starts in blocks that were granted"
-        n_tokens = message.n_prompt + message.sampling.max_tokens
+        n_tokens = message.n_prompt - len(message.resumed) + message.sampling.max_tokens
         if n_tokens > reservation.n_tokens:
             raise PromptTooLong(
                 f"{n_tokens} tokens are more than the {reservation.n_tokens} reserved"
             )
-        self._check_ids((message.first.token,))
+        self._check_ids((*message.resumed, message.first.token))
         now = time.time()
         sequence = Sequence(
             request_id=message.request_id,
@@ -276,7 +277,7 @@ class Engine:
             arrived=now,
             phase=Phase.DECODE,
             computed=message.n_prompt,
-            output=[message.first.token],
+            output=[*message.resumed, message.first.token],
             next_position=message.next_position,
             scheduled=now,
         )

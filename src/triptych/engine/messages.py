@@ -31,6 +31,8 @@ class AddRequest:
     sampling: Sampling
     keep_kv: bool = False
     """Stop after the first token and keep the prompt's KV blocks until ``Cancel``."""
+    resumed: tuple[int, ...] = ()
+    """Tokens of the answer that exist already: computed behind the prompt, not sampled again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +83,13 @@ class StartDecode:
 
     request_id: str
     n_prompt: int
+    """Of the prompt and of ``resumed``."""
     first: TokenEvent
     next_position: int
-    """Position id of ``first``."""
+    """Position id of the answer's token 0."""
     sampling: Sampling
+    resumed: tuple[int, ...] = ()
+    """The answer's tokens before ``first``."""
 
 
 @dataclass(frozen=True, slots=True)

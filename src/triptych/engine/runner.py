@@ -28,7 +28,7 @@ class Prompt:
     positions: Tensor
     """(axes, tokens) int64."""
     next_position: int
-    """Position id of the first generated token, equal on every axis."""
+    """Position id of the answer's first token, equal on every axis."""
     row_positions: list[int]
     """Tokens at which rows stand, of all images in order."""
     row_index: Tensor
@@ -45,13 +45,16 @@ class Prompt:
         token_ids: Seq[int],
         spans: Seq[ItemSpan],
         row_positions: list[int],
+        resumed: Seq[int] = (),
     ) -> Prompt:
-        """``row_positions`` as from ``locate_items``. Raises BadRequest if the images' grids do
-        not agree with the tokens."""
+        """``row_positions`` as from ``locate_items``; ``resumed``: tokens of the answer to compute
+        behind the prompt. Raises BadRequest if the images' grids do not agree with the tokens."""
         grids = [span.grid for span in spans if span.grid is not None]
         positions, next_position = model.positions(list(token_ids), grids)
+        answered = torch.arange(next_position, next_position + len(resumed))
+        positions = torch.cat([positions, answered.expand(len(positions), -1)], 1)
         return cls(
-            ids=torch.tensor(token_ids, device=model.device),
+            ids=torch.tensor([*token_ids, *resumed], device=model.device),
             positions=positions.to(model.device),
             next_position=next_position,
             row_positions=row_positions,

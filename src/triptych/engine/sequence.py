@@ -66,6 +66,7 @@ class Sequence:
 
     request_id: str
     n_prompt: int
+    """Tokens that are given, not sampled: the prompt, and what was ``resumed`` of the answer."""
     n_tokens: int
     """What its blocks must hold."""
     sampling: Sampling

@@ -47,6 +47,7 @@ class LanguageService:
                 items=tuple(ItemSpan(item.meta.rows, item.meta.grid) for item in message.items),
                 sampling=message.sampling,
                 keep_kv=False,
+                resumed=message.resumed,
             )
         )
         self.host.feed.start(message.request_id, message.items)

@@ -46,6 +46,9 @@ first_token_seconds = Histogram(
     "From a chat request's arrival to its first token.",
     buckets=BUCKETS_S,
 )
+retries = Counter(
+    "triptych_retries", "Requests tried again without a worker that failed them.", ["role"]
+)
 prompt_tokens = Counter("triptych_prompt_tokens", "Prompt tokens of finished requests.")
 completion_tokens = Counter("triptych_completion_tokens", "Tokens of finished answers.")
 

@@ -71,7 +71,7 @@ class PrefillService:
         self.host.feed.check(message.items)
         kv = self.host.engine.kv
         ref = self.producer.lend_kv(
-            len(message.token_ids),
+            len(message.token_ids) + len(message.resumed),
             kv.block_size,
             kv.block_nbytes,
             holder=channel.session,
@@ -86,6 +86,7 @@ class PrefillService:
                 items=tuple(ItemSpan(item.meta.rows, item.meta.grid) for item in message.items),
                 sampling=message.sampling,
                 keep_kv=True,
+                resumed=message.resumed,
             )
         )
         self.host.feed.start(request_id, message.items)

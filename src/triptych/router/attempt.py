@@ -21,10 +21,16 @@ class Attempt:
     """Another try has another id, so that what the first one left under way cannot disturb it."""
 
     def __init__(
-        self, wire_id: str, membership: Membership, client: WorkerClient, inboxes: Inboxes
+        self,
+        wire_id: str,
+        first: int,
+        membership: Membership,
+        client: WorkerClient,
+        inboxes: Inboxes,
     ) -> None:
+        """``first``: index of the token that it is to bring first."""
         self.wire_id = wire_id
-        self.inbox = inboxes.open(wire_id)
+        self.inbox = inboxes.open(wire_id, first)
         self.encoders: list[Worker] = []
         """The encoder of each image."""
         self.answering: dict[str, Worker] = {}
@@ -109,9 +115,13 @@ class Attempt:
                 return self.answering["prefill"]
         return failure.worker
 
-    def has_other(self, worker: Worker, avoided: set[str]) -> bool:
+    def may_be_replaced(self, worker: Worker, avoided: set[str]) -> bool:
+        """Is there, or may there soon be, another of its role: its channel has ended, and what
+        comes back is a new process?"""
         others = self._membership.workers(worker.role)
-        return any(other.worker_id not in avoided and other is not worker for other in others)
+        if any(other.worker_id not in avoided and other is not worker for other in others):
+            return True
+        return not worker.channel.is_open
 
     def close(self, *, cancel: Iterable[Worker] | None = None) -> None:
         """Forget the attempt. ``cancel``: who must drop what it holds; None: everybody."""

@@ -29,10 +29,14 @@ class Call:
     """Wall clock, seconds since the epoch."""
     images: list[ImageInput] = field(init=False)
     tries: int = 0
+    failures: int = 0
+    """Tries that have failed since the answer last went on."""
     avoided: set[str] = field(default_factory=set)
     """Workers that failed this request."""
-    answered: bool = False
-    """The first token is there: the client has its status, another try is too late."""
+    sampling: Sampling | None = None
+    """As the first try had it: later ones must choose the same tokens."""
+    tokens: list[int] = field(default_factory=list)
+    """Of the answer, in order, as the client has had them."""
 
     def __post_init__(self) -> None:
         self.images = self.chat.images()
@@ -53,3 +57,10 @@ class Call:
 class Prompt:
     token_ids: tuple[int, ...]
     sampling: Sampling
+    resumed: tuple[int, ...] = ()
+    """The answer's tokens so far, when another try goes on with it."""
+
+    @property
+    def n_left(self) -> int:
+        """Most tokens that are still to come."""
+        return self.sampling.max_tokens - len(self.resumed)

@@ -23,12 +23,13 @@ class StageFailed(Exception):
 
 
 class Inbox:
-    """Everything that comes for one attempt at a request."""
+    """Everything that comes for one attempt at a request, from token ``first`` on."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int) -> None:
+        self._first = first
         self._held: dict[int, TokenEvent] = {}
         """Tokens that came before an earlier one: prefill and decode use different channels."""
-        self._next = 0
+        self._next = first
         self._from: dict[str, int] = {}
         """Index of the last token of each worker, whose own tokens come in order."""
         self._ready: deque[TokenEvent | StageFailed] = deque()
@@ -50,7 +51,7 @@ class Inbox:
         self._wake.set()
 
     def fail(self, worker: Worker, error: TriptychError, *, reported: bool = False) -> None:
-        if self._next > 0 and worker.role in ("encoder", "prefill"):
+        if self._next > self._first and worker.role in ("encoder", "prefill"):
             return  # their work is done; if decode misses anything of it, decode says so
         self._ready.append(StageFailed(worker, error, reported=reported))
         self._wake.set()
@@ -84,8 +85,8 @@ class Inboxes:
     def __init__(self) -> None:
         self._open: dict[str, Inbox] = {}
 
-    def open(self, wire_id: str) -> Inbox:
-        inbox = self._open[wire_id] = Inbox()
+    def open(self, wire_id: str, first: int) -> Inbox:
+        inbox = self._open[wire_id] = Inbox(first)
         return inbox
 
     def close(self, wire_id: str) -> None:

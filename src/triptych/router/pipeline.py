@@ -9,11 +9,10 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-import msgspec
-
 from triptych import wire
 from triptych.config import RouterConfig
 from triptych.errors import (
+    BadMedia,
     BadRequest,
     ClientError,
     DeadlineExceeded,
@@ -39,7 +38,7 @@ from triptych.router.prompt import Prompter
 from triptych.router.timelines import Timelines
 
 RETRIES = 2
-"""More tries that a request gets on other workers, before its first token."""
+"""More tries that a request gets on other workers; the count begins anew with every token."""
 SMALL_NBYTES = 1 << 16
 """Image files up to here are sent with their digests; of larger ones the encoder is asked first."""
 FETCHES = 8
@@ -78,14 +77,20 @@ class Pipeline:
             async with asyncio.timeout(self._timeouts.request):
                 rendered = self._prompter.render(call.chat)
                 pictures = await self._fetch(call)
+                digests = [picture.digest for picture in pictures]
+                text = Detokenizer(self._prompter.decode, call.chat.stops)
                 while True:
                     attempt = self._next_attempt(call)
                     cancel: Sequence[Worker] | None = None
                     try:
+                        if len(pictures) < len(digests):
+                            pictures = await self._fetch_again(call, digests)
                         items = await self._encode(call, attempt, pictures)
                         prompt = await self._expand(call, attempt, rendered, items)
                         await self._start(call, attempt, prompt, items)
-                        usage, cancel = await self._relay(call, attempt, prompt, pictures, emit)
+                        usage, cancel = await self._relay(
+                            call, attempt, prompt, pictures, text, emit
+                        )
                         return usage
                     except StageFailed as failure:
                         self._retry_or_raise(call, attempt, failure)
@@ -126,11 +131,20 @@ class Pipeline:
 
         return await together(one(i, image) for i, image in enumerate(call.images))
 
+    async def _fetch_again(self, call: Call, digests: Sequence[str]) -> list[Picture]:
+        """What was forgotten when the first token came. Raises BadMedia if it is not the same."""
+        pictures = await self._fetch(call)
+        for index, (picture, digest) in enumerate(zip(pictures, digests, strict=True)):
+            if picture.digest != digest:
+                raise BadMedia("it has changed since the request came", item=index)
+        return pictures
+
     def _next_attempt(self, call: Call) -> Attempt:
         call.tries += 1
         wire_id = call.request_id if call.tries == 1 else f"{call.request_id}-{call.tries}"
         self._timelines.share(call.request_id, wire_id)
-        return Attempt(wire_id, self._membership, self._client, self._inboxes)
+        first = len(call.tokens)
+        return Attempt(wire_id, first, self._membership, self._client, self._inboxes)
 
     # ------------------------------------------------------------------ 2: metadata and refs
 
@@ -206,10 +220,14 @@ class Pipeline:
 
         await self._membership.wait_for(roles, self._timeouts.worker)
         attempt.place_answer(roles(), call.avoided)
-        max_tokens = self._max_tokens(call.chat, len(token_ids), list(attempt.answering.values()))
-        attempt.charge_answer(len(token_ids), max_tokens)
+        if call.sampling is None:
+            workers = list(attempt.answering.values())
+            call.sampling = self._sampling(
+                call.chat, self._max_tokens(call.chat, len(token_ids), workers)
+            )
+        attempt.charge_answer(len(token_ids), call.sampling.max_tokens)
         self._span(call, "tokenize", start, note=f"{len(token_ids)} tokens")
-        return Prompt(tuple(token_ids), self._sampling(call, max_tokens))
+        return Prompt(tuple(token_ids), call.sampling, tuple(call.tokens))
 
     def _max_tokens(self, chat: ChatRequest, n_prompt: int, workers: Sequence[Worker]) -> int:
         """As asked for; else what fits, ``DEFAULT_MAX_TOKENS`` at most. Raises PromptTooLong."""
@@ -226,18 +244,14 @@ class Pipeline:
             )
         return asked or min(DEFAULT_MAX_TOKENS, limit - n_prompt)
 
-    def _sampling(self, call: Call, max_tokens: int) -> Sampling:
-        chat = call.chat
-        if chat.seed is None:
-            # Kept for further tries: they must choose the same tokens.
-            chat = call.chat = msgspec.structs.replace(chat, seed=secrets.randbits(SEED_BITS))
-        assert chat.seed is not None
+    def _sampling(self, chat: ChatRequest, max_tokens: int) -> Sampling:
+        seed = secrets.randbits(SEED_BITS) if chat.seed is None else chat.seed
         return Sampling(
             max_tokens=max_tokens,
             temperature=1.0 if chat.temperature is None else chat.temperature,
             top_p=1.0 if chat.top_p is None else chat.top_p,
             top_k=max(0, chat.top_k or 0),
-            seed=chat.seed % (1 << SEED_BITS),
+            seed=seed % (1 << SEED_BITS),
             stop_ids=() if chat.ignore_eos else self._prompter.stop_ids,
             logprobs=chat.n_logprobs,
         )
@@ -253,12 +267,13 @@ class Pipeline:
             token_ids=prompt.token_ids,
             items=tuple(items),
             sampling=prompt.sampling,
+            resumed=prompt.resumed,
         )
         if language := attempt.answering.get("language"):
             await attempt.post(language, "/generate", work, wire.Accepted)
             return
         prefill, decode = attempt.answering["prefill"], attempt.answering["decode"]
-        decodes = prompt.sampling.max_tokens > 1
+        decodes = prompt.n_left > 1
         if decodes:
             start = time.time()
             n_tokens = len(prompt.token_ids) + prompt.sampling.max_tokens
@@ -272,7 +287,10 @@ class Pipeline:
         if reply.kv is None:
             raise TriptychError(f"{prefill.worker_id} lends no KV")
         go_on = wire.DecodeRequest(
-            request_id=attempt.wire_id, kv=reply.kv, sampling=prompt.sampling
+            request_id=attempt.wire_id,
+            kv=reply.kv,
+            sampling=prompt.sampling,
+            resumed=prompt.resumed,
         )
         await attempt.post(decode, "/decode", go_on, wire.Accepted)
 
@@ -282,22 +300,23 @@ class Pipeline:
         attempt: Attempt,
         prompt: Prompt,
         pictures: list[Picture],
+        text: Detokenizer,
         emit: Emit,
     ) -> tuple[Usage, Sequence[Worker] | None]:
         """Tokens to text until the answer ends. (Usage, who must still be told: None is all.)"""
-        text = Detokenizer(self._prompter.decode, call.chat.stops)
-        n_prompt, n_answer = len(prompt.token_ids), 0
         first_token = 0.0
         while True:
             events = await attempt.inbox.take()
-            if not call.answered:
-                call.answered, first_token = True, time.time()
-                metrics.first_token_seconds.observe(first_token - call.arrived)
+            call.failures = 0
+            if not first_token:
+                first_token = time.time()
                 attempt.discharge("encoder", "prefill")
-                pictures.clear()  # nobody will ask for their bytes again
+                pictures.clear()  # seldom needed again, and then they can be fetched again
+            if not call.tokens:
+                metrics.first_token_seconds.observe(first_token - call.arrived)
             new, used, finish = "", 0, ""
             for event in events:
-                n_answer += 1
+                call.tokens.append(event.token)
                 finish = event.finish
                 if finish != "stop":  # an end token is no text
                     used += 1
@@ -310,6 +329,7 @@ class Pipeline:
                     break
             await emit(Delta(new, tuple(events[:used]), finish))
             if finish:
+                n_prompt, n_answer = len(prompt.token_ids), len(call.tokens)
                 self._span(call, "stream", first_token, note=f"{n_answer} tokens")
                 usage = Usage(n_prompt, n_answer, n_prompt + n_answer)
                 return usage, _still_holding(attempt, prompt, ended=bool(event.finish))
@@ -320,15 +340,16 @@ class Pipeline:
         """Returns if the request may be tried on other workers, else raises the error."""
         worker = attempt.suspect(failure)
         call.avoided.add(worker.worker_id)
+        call.failures += 1
         if (
             not failure.error.retryable
-            or call.answered
-            or call.tries > RETRIES
-            or not attempt.has_other(worker, call.avoided)
+            or call.failures > RETRIES
+            or not attempt.may_be_replaced(worker, call.avoided)
         ):
             raise failure.error
+        metrics.retries.labels(worker.role).inc()
         note = f"{type(failure.error).__name__}: {failure.error.message}"
-        self._span(call, "retry", time.time(), note=note)
+        self._span(call, "retry", time.time(), note=f"after {len(call.tokens)} tokens: {note}")
 
     def _span(
         self,
@@ -366,6 +387,6 @@ def _still_holding(attempt: Attempt, prompt: Prompt, *, ended: bool) -> Sequence
     """Who holds something after the last token. ``ended``: the workers ended the answer."""
     if not ended:
         return None
-    if prompt.sampling.max_tokens == 1 and "prefill" in attempt.answering:
+    if prompt.n_left == 1 and "prefill" in attempt.answering:
         return [attempt.answering["prefill"]]  # its KV was lent to nobody
     return ()
