@@ -18,6 +18,7 @@ from starlette.routing import BaseRoute, WebSocketRoute
 
 from triptych import wire
 from triptych.config import Timeouts, TransportName
+from triptych.refs import KVLayout
 from triptych.transfer.channel import Channel, OnLost, OnMessage, Sessions
 from triptych.transfer.consumer import Consumer
 from triptych.transfer.device_region import open_region
@@ -97,6 +98,7 @@ class Worker:
         self.idle: list[int] = []
         self.producer = Producer(self.url, self.nonce, timeouts, self.idle.append)
         self.transports = open_transports(transport, self.region, url=self.url, host="127.0.0.1")
+        self.kv: KVLayout | None = None
         self.channels: list[Channel] = []
         self.messages: list[wire.Message] = []
         self.lost: list[str] = []
@@ -113,7 +115,7 @@ class Worker:
 
     def welcome(self) -> wire.Welcome:
         offers = tuple(transport.offer() for transport in self.transports.values())
-        return wire.Welcome("", "encoder", "encoder-0", self.nonce, "", offers)
+        return wire.Welcome("", "encoder", "encoder-0", self.nonce, "", offers, self.kv)
 
     def check(self, peer: wire.Hello) -> str | None:
         if peer.identity == IDENTITY:

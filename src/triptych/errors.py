@@ -14,7 +14,8 @@
     ├── DeadlineExceeded       a named timeout passed                                         504
     ├── WorkerLost             a worker died or cannot be reached; another may do the work    503
     ├── TransferFailed         bytes could not be moved; another attempt may succeed          503
-    ├── PeerRefused            the peer speaks another version, serves another model      502
+    ├── PeerRefused            the peer speaks another version, serves another model or
+    │   │                      lays its KV out otherwise                                  502
     │   └── PeerUnproven       or knows another secret: perhaps somebody else's process
     │                          has taken a dead worker's address                          502
     ├── UnsupportedModel       the model layer gets this model wrong, or cannot load it   start-up

@@ -1,7 +1,8 @@
 """Refs: what a producer hands over so that a consumer can fetch. They travel in control messages.
 
 A ref is a name and a promise, not an address: the consumer claims it on the producer's channel
-and learns there which pieces of the producer's pool to read.
+and learns there which pieces of the producer's pool to read. What lies in the pieces of a
+``KVRef`` is said once, at hello, by the ``KVLayout``.
 """
 
 from __future__ import annotations
@@ -37,3 +38,35 @@ class KVRef(Ref, frozen=True, forbid_unknown_fields=True, tag="kv"):
 
 
 AnyRef = EmbeddingRef | KVRef
+
+
+class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How keys and values lie in a block: those who hand KV to each other must have one layout."""
+
+    order: str
+    """Axes from the outermost, as in "block,layer,kv,token,head,dim"."""
+    block_size: int
+    """Tokens of a block."""
+    block_nbytes: int
+    """Bytes of a block across all layers."""
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    tp_size: int
+    """Ranks that the heads are spread over."""
+
+
+def kv_mismatch(
+    ours: KVLayout | None, name: str, theirs: KVLayout | None, their_name: str
+) -> str | None:
+    """In which fields two workers' layouts differ, both named; None when KV may move between
+    them. A worker that hands no KV over has None, which agrees with everything."""
+    if ours is None or theirs is None or ours == theirs:
+        return None
+    fields = [f for f in KVLayout.__struct_fields__ if getattr(ours, f) != getattr(theirs, f)]
+    mine, other = (
+        ", ".join(f"{field} {getattr(layout, field)}" for field in fields)
+        for layout in (ours, theirs)
+    )
+    return f"the KV layout of {their_name} ({other}) is not that of {name} ({mine})"

@@ -21,10 +21,10 @@ from typing import TypeVar
 
 import msgspec
 
-from triptych.refs import AnyRef, EmbeddingRef, KVRef
+from triptych.refs import AnyRef, EmbeddingRef, KVLayout, KVRef
 from triptych.request import ItemMeta, Sampling, Span, TokenEvent
 
-VERSION = 1
+VERSION = 2
 """Of this file's messages. Peers of another version are refused at hello, both named."""
 MAX_FRAME = 16 << 20
 """Bytes of the largest channel frame."""
@@ -108,6 +108,8 @@ class Hello(Message, frozen=True, tag="hello"):
     identity: ModelIdentity
     capacity: Capacity
     proof: str
+    kv: KVLayout | None = None
+    """Of the KV that this worker hands over or takes; None when it does neither."""
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
@@ -119,6 +121,8 @@ class Welcome(Message, frozen=True, tag="welcome"):
     process: str
     proof: str
     offers: tuple[TransportOffer, ...] = ()
+    kv: KVLayout | None = None
+    """As in ``Hello``."""
 
 
 class Refused(Message, frozen=True, tag="refused"):

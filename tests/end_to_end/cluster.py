@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ class Cluster:
     encoders: int = 1
     chunk_tokens: int = 512
     kv_mib: int = 8
+    decode_block_size: int = EngineConfig.block_size
     load_format: Literal["auto", "dummy"] = "auto"
     device: str = "cpu"
     dtype: Dtype = "auto"
@@ -101,6 +102,7 @@ class Cluster:
             self.stages.append(
                 prefill.create(PrefillConfig(model, engine=engine, **parts), SECRETS)
             )
+            engine = replace(engine, block_size=self.decode_block_size)
             self.stages.append(decode.create(DecodeConfig(model, engine=engine, **parts), SECRETS))
         else:
             self.stages.append(

@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute
 from triptych import __version__, wire
 from triptych.config import Secrets, Timeouts
 from triptych.errors import TriptychError
-from triptych.refs import EmbeddingRef, KVRef
+from triptych.refs import EmbeddingRef, KVLayout, KVRef
 from triptych.request import ItemMeta, Sampling, Span, TokenEvent
 from triptych.stage.http import HttpServer, bind, post_route, url_of
 from triptych.transfer.channel import Channel, Sessions
@@ -39,6 +39,7 @@ class StubWorker:
     router: str = ""
     identity: wire.ModelIdentity = IDENTITY
     capacity: wire.Capacity = field(default_factory=lambda: wire.Capacity(max_model_len=2048))
+    kv: KVLayout | None = None
     release: str = __version__
     secrets: Secrets = SECRETS
     answer: Sequence[int] = ()
@@ -112,6 +113,7 @@ class StubWorker:
             identity=self.identity,
             capacity=self.capacity,
             proof="",
+            kv=self.kv,
         )
 
     def _on_message(self, channel: Channel, message: wire.ChannelMessage) -> None:

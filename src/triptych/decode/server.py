@@ -17,7 +17,7 @@ from functools import partial
 from triptych import wire
 from triptych.config import DecodeConfig, Secrets
 from triptych.engine.messages import Cancel, Reserve, StartDecode, StepOutput
-from triptych.errors import Cancelled, Overloaded, PeerRefused, TransferFailed, TriptychError
+from triptych.errors import Cancelled, Overloaded, TransferFailed, TriptychError
 from triptych.models.language import LanguageModel
 from triptych.request import Span
 from triptych.stage.host import EngineHost, create_language_stage
@@ -92,12 +92,6 @@ class DecodeService:
         reserved = self._requests.get(message.request_id)
         if reserved is None or not reserved.blocks.done():
             raise Cancelled(f"request {message.request_id} holds no reservation here")
-        kv = self.host.engine.kv
-        if (message.kv.block_size, message.kv.block_nbytes) != (kv.block_size, kv.block_nbytes):
-            raise PeerRefused(
-                f"prefill's blocks are {message.kv.block_size} tokens, {message.kv.block_nbytes} "
-                f"bytes; this worker's {kv.block_size} tokens, {kv.block_nbytes} bytes"
-            )
         reading = asyncio.create_task(self._read(message, reserved.blocks.result()))
         reading.add_done_callback(partial(self._read_ended, message.request_id))
         reserved.reading = reading
@@ -213,5 +207,5 @@ def create(config: DecodeConfig, secrets: Secrets) -> Stage:
     service = DecodeService(stage, model, config)
     stage.post("/reserve", wire.ReserveRequest, service.reserve)
     stage.post("/decode", wire.DecodeRequest, service.decode)
-    stage.attach(service, service.host.capacity)
+    stage.attach(service, service.host.capacity, service.host.layout)
     return stage

@@ -152,5 +152,5 @@ def create(config: PrefillConfig, secrets: Secrets) -> Stage:
     service = PrefillService(stage, model, config)
     stage.post("/prefill", wire.PrefillRequest, service.prefill)
     stage.route(transfer_route(service.host.region, stage.sessions, service.producer.may_read))
-    stage.attach(service, service.host.capacity)
+    stage.attach(service, service.host.capacity, service.host.layout)
     return stage

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from triptych import __version__, wire
 from triptych.errors import WorkerLost
 from triptych.observe import metrics
+from triptych.refs import KVLayout, kv_mismatch
 from triptych.router.placement import Candidate
 from triptych.transfer.channel import Channel
 
@@ -27,6 +28,7 @@ class Worker:
     url: str
     capacity: wire.Capacity
     identity: wire.ModelIdentity
+    kv: KVLayout | None
     channel: Channel
     load: int = 0
     """Outstanding images of an encoder, outstanding tokens of any other role."""
@@ -49,15 +51,20 @@ class Membership:
     def check(self, hello: wire.Hello) -> str | None:
         """Why a worker is refused, both sides named; None when it is welcome.
 
-        The first worker says which model is served; the others must serve the same.
+        The first worker says which model is served, and the first that hands KV over or takes it
+        how that is laid out; the others must do the same.
         """
         if hello.role not in ROLES:
             return f"a router takes workers of role {', '.join(ROLES)}, not {hello.role!r}"
         if hello.release != __version__:
             return f"the worker is release {hello.release}, this router release {__version__}"
         for worker in self._workers.values():
-            reason = wire.mismatch(worker.identity, hello.identity)
-            if reason is not None and worker.worker_id != hello.worker_id:
+            if worker.worker_id == hello.worker_id:
+                continue  # it has dialled again
+            reason = wire.mismatch(worker.identity, hello.identity) or kv_mismatch(
+                worker.kv, worker.worker_id, hello.kv, hello.worker_id
+            )
+            if reason is not None:
                 return f"{reason} ({worker.worker_id} is registered here)"
         return None
 
@@ -73,6 +80,7 @@ class Membership:
             url=hello.url,
             capacity=hello.capacity,
             identity=hello.identity,
+            kv=hello.kv,
             channel=channel,
         )
 

@@ -26,6 +26,7 @@ from triptych.engine.selftest import selftest
 from triptych.errors import TriptychError
 from triptych.models.language import LanguageModel
 from triptych.models.loading import identity, load_language
+from triptych.refs import KVLayout
 from triptych.request import Span
 from triptych.stage.feed import EmbeddingFeed
 from triptych.stage.shell import Stage
@@ -90,6 +91,21 @@ class EngineHost:
             kv_blocks=self.engine.kv.n_blocks,
             block_size=self.engine.kv.block_size,
             max_model_len=self.engine.max_model_len,
+        )
+
+    @property
+    def layout(self) -> KVLayout:
+        """Of the KV blocks here."""
+        model, kv = self.engine.model, self.engine.kv
+        return KVLayout(
+            order="block,layer,kv,token,head,dim",
+            block_size=kv.block_size,
+            block_nbytes=kv.block_nbytes,
+            layers=model.num_layers,
+            kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=str(model.dtype).removeprefix("torch."),
+            tp_size=1,
         )
 
     async def start(self) -> None:

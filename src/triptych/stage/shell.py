@@ -25,6 +25,7 @@ from triptych import __version__, wire
 from triptych.config import NetworkConfig, Secrets, Timeouts
 from triptych.errors import PeerRefused, WorkerLost
 from triptych.observe.metrics import record_span
+from triptych.refs import KVLayout
 from triptych.request import Span
 from triptych.stage.http import Handler, HttpServer, bind, cancel_and_wait, post_route, url_of
 from triptych.transfer.channel import Channel, OnLost, OnMessage, Sessions
@@ -81,6 +82,7 @@ class Stage:
         self.secrets = secrets
         self.identity = identity
         self.capacity = wire.Capacity()
+        self.kv: KVLayout | None = None
         self.nonce = random.token_hex(16)
         self.worker_id = f"{role}-{os.getpid()}-{self.nonce[:6]}"
         self._socket = bind(network.host, network.port)
@@ -94,15 +96,18 @@ class Stage:
         self._routes: list[BaseRoute] = []
         self._stopping = asyncio.Event()
         self._refused: PeerRefused | None = None
+        """Why the router has not taken this worker the last time it dialled."""
         self._spans: dict[str, list[Span]] = {}
         """By request, on their way to the router."""
         self._sending: asyncio.TimerHandle | None = None
 
     # ------------------------------------------------------------------ assembly
 
-    def attach(self, service: Service, capacity: wire.Capacity) -> None:
+    def attach(self, service: Service, capacity: wire.Capacity, kv: KVLayout | None = None) -> None:
+        """``kv``: layout of the KV that this worker hands over or takes, if it does."""
         self._service = service
         self.capacity = capacity
+        self.kv = kv
 
     def post(self, path: str, kind: type[M], handler: Handler[M]) -> None:
         self._routes.append(post_route(path, kind, handler, self.sessions, MAX_BODY))
@@ -139,7 +144,7 @@ class Stage:
             await self.service.stop()
             server.stop()
             await serving
-        if self._refused is not None:
+        if self._refused is not None and not self.started.is_set():
             raise self._refused
 
     def stop(self) -> None:
@@ -155,12 +160,13 @@ class Stage:
                 logger.info("router %s: %s; trying again", self.network.router, exc)
             except PeerRefused as exc:
                 logger.error("router %s refuses this worker: %s", self.network.router, exc)
+                self._refused = exc
                 if not self.started.is_set():
-                    self._refused = exc
                     self.stop()
                     return
             else:
                 wait = REDIAL_S
+                self._refused = None
                 self.started.set()
                 logger.info(
                     "%s at %s is registered with %s", self.role, self.url, self.network.router
@@ -196,6 +202,7 @@ class Stage:
             identity=self.identity,
             capacity=self.capacity,
             proof="",
+            kv=self.kv,
         )
 
     # ------------------------------------------------------------------ to the router
@@ -251,6 +258,7 @@ class Stage:
             process=self.nonce,
             proof="",
             offers=self.service.offers(),
+            kv=self.kv,
         )
 
     def _check(self, hello: wire.Hello) -> str | None:
@@ -288,6 +296,8 @@ class Stage:
     async def _ready(self, request: Request) -> Response:
         registered = self.router is not None and self.router.is_open
         reason = None if registered else f"not registered with router {self.network.router}"
+        if not registered and self._refused is not None:
+            reason = f"{reason}: {self._refused.message}"
         body = {"ready": registered, "role": self.role, "reason": reason}
         return JSONResponse(body, status_code=200 if registered else 503)
 

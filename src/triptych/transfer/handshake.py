@@ -4,8 +4,9 @@
 
     dialler                                listener
        <------------------ Challenge(version, nonce)
-       Hello(nonce, who, proof) ------------------->      checks version, proof, then the model
-       <------------- Welcome(session, offers, proof)     or Refused(reason)
+       Hello(nonce, who, KV layout, proof) -------->      checks version, proof, model, KV layout
+       <-- Welcome(session, offers, KV layout, proof)     or Refused(reason)
+       checks proof and KV layout
 
 Each proof is an HMAC over its side's name, both nonces and everything that side claims. A peer
 that does not know the secret is refused in the same words whatever it got wrong.
@@ -19,7 +20,7 @@ import logging
 import re
 import secrets
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -30,6 +31,7 @@ from starlette.websockets import WebSocket
 from triptych import wire
 from triptych.config import Timeouts
 from triptych.errors import PeerRefused, PeerUnproven, WorkerLost
+from triptych.refs import kv_mismatch
 from triptych.transfer.channel import Channel, OnLost, OnMessage, OnOpen, Sessions
 from triptych.transfer.sockets import ClientSocket, ServerSocket, Socket, SocketClosed
 
@@ -62,7 +64,7 @@ async def dial(
 
     ``hello()`` says who we are; its nonce and proof are filled in here. ``sessions``: where the
     peer's HTTP requests of this session are recognised, if it may send any to us.
-    Raises PeerRefused (address, version, model, secret) or WorkerLost (no answer).
+    Raises PeerRefused (address, version, model, KV layout, secret) or WorkerLost (no answer).
     """
     address = channel_address(url)
     try:
@@ -75,6 +77,7 @@ async def dial(
             socket = ClientSocket(
                 client, await client.ws_connect(address, max_msg_size=wire.MAX_FRAME)
             )
+            stack.push_async_callback(_hang_up, socket, timeouts.connect)
             welcome, token = await _introduce(socket, hello(), secret)
             stack.pop_all()
     except (aiohttp.ClientError, OSError, SocketClosed) as exc:  # TimeoutError is an OSError
@@ -90,6 +93,12 @@ async def dial(
     _running.add(task)
     task.add_done_callback(_running.discard)
     return channel
+
+
+async def _hang_up(socket: Socket, timeout_s: float) -> None:
+    with suppress(TimeoutError):  # then without the peer's goodbye
+        async with asyncio.timeout(timeout_s):
+            await socket.close()
 
 
 @dataclass(frozen=True)
@@ -166,6 +175,7 @@ async def _introduce(socket: Socket, hello: wire.Hello, secret: bytes) -> tuple[
     expected = wire.proof(secret, "listen", nonces, claimed)
     if not _equal(expected, answer.proof):
         raise PeerUnproven(_UNPROVEN)
+    _check_kv(hello, answer)
     return answer, wire.session_token(secret, nonces)
 
 
@@ -188,6 +198,7 @@ async def _examine(
             raise PeerUnproven(_UNPROVEN)
         if (reason := check(hello)) is not None:
             raise PeerRefused(reason)
+        _check_kv(welcome, hello)
     except msgspec.MsgspecError as exc:
         reason = f"not a hello of version {wire.VERSION}"
         await socket.send(wire.encode(wire.Refused(reason)))
@@ -225,6 +236,12 @@ def _check_version(frame: bytes) -> None:
     theirs = msgspec.msgpack.decode(frame, type=_Versioned).version
     if theirs != wire.VERSION:
         raise PeerRefused(f"the peer speaks version {theirs}, this is version {wire.VERSION}")
+
+
+def _check_kv(ours: wire.Hello | wire.Welcome, theirs: wire.Hello | wire.Welcome) -> None:
+    reason = kv_mismatch(ours.kv, ours.worker_id, theirs.kv, theirs.worker_id)
+    if reason is not None:
+        raise PeerRefused(reason)
 
 
 def _checked(nonce: str) -> str:
