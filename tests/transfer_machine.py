@@ -36,6 +36,7 @@ from triptych.transfer.session import Lender
 
 NUMBER = st.integers(0, 1 << 16)
 SIZE = st.integers(1, 7)
+GROUP = st.lists(st.integers(1, 3), min_size=2, max_size=3)
 
 
 class Machine(RuleBasedStateMachine):
@@ -75,26 +76,28 @@ class Machine(RuleBasedStateMachine):
         assert ref.slot not in self.lent
         self.lent[ref.slot] = Lent(ref, extent)
 
-    def settle(self, taken: list[tuple[Extent, str]] | None = None) -> None:
+    def settle(self, taken: list[Extent] | None = None, request: str = "") -> None:
         """After every operation: grants in their order, messages, idle slots."""
         self.counts.operations += 1
         self.loop.turn()
-        grants = [(extent, request, None) for extent, request in taken or ()]
+        grants: list[tuple[list[Extent], str, Waiting | None]] = []
+        if taken:
+            grants.append((taken, request, None))
         ended = [waiting for waiting in self.waiting if waiting.task.done()]
         for waiting in ended:
             if not waiting.task.cancelled() and waiting.task.exception() is None:
-                grants.append((waiting.task.result(), waiting.request, waiting))  # type: ignore[arg-type]
-        for extent, request, served in sorted(grants, key=lambda grant: grant[0].generation):
-            if served is not None and served in self.waiting[:1]:
-                self.waiting.remove(served)
-            elif self.waiting:
-                if self.waiting[0] not in ended:  # who left may have left before
-                    self.waiting[0].passed += 1
+                extents = waiting.task.result()
+                assert [extent.nbytes for extent in extents] == waiting.sizes, "half a group"
+                grants.append((extents, waiting.request, waiting))
+        for extents, who, served in sorted(grants, key=lambda grant: grant[0][0].generation):
+            for ahead in self.waiting[: self.waiting.index(served) if served else None]:
+                if ahead not in ended:  # who left may have left before
+                    ahead.passed += 1
                     self.counts.passed += 1
-                    assert self.waiting[0].passed <= BYPASS, "the first one waits for ever"
-                if served is not None:
-                    self.waiting.remove(served)
-            self.granted(extent, request)
+                    assert ahead.passed <= BYPASS, "somebody waits for ever"
+            self.counts.groups += len(extents) > 1
+            for extent in extents:
+                self.granted(extent, who)
         self.waiting = [waiting for waiting in self.waiting if waiting not in ended]
         self.deliver()
 
@@ -123,18 +126,27 @@ class Machine(RuleBasedStateMachine):
     @rule(size=SIZE, request=NUMBER)
     def lend(self, size: int, request: int) -> None:
         extent = self.pool.try_allocate(size * PAGE - 1)
-        self.settle([] if extent is None else [(extent, f"r{request % REQUESTS}")])
+        self.settle([] if extent is None else [extent], f"r{request % REQUESTS}")
 
     @rule(size=SIZE, request=NUMBER)
     def lend_or_wait(self, size: int, request: int) -> None:
-        task = self.loop.create_task(self.pool.allocate(size * PAGE, WAIT_S))
-        self.waiting.append(Waiting(task, f"r{request % REQUESTS}"))
+        self.take([size], f"r{request % REQUESTS}")
+
+    @rule(sizes=GROUP, request=NUMBER)
+    def lend_many_or_wait(self, sizes: list[int], request: int) -> None:
+        self.take(sizes, f"r{request % REQUESTS}")
+
+    def take(self, pages: list[int], request: str) -> None:
+        sizes = [size * PAGE for size in pages]
+        free = self.pool.free_nbytes
+        task = self.loop.create_task(self.pool.allocate_all(sizes, WAIT_S))
         self.loop.turn()
-        if task.done() and not task.cancelled():
-            self.waiting.pop()
-            self.settle([(task.result(), f"r{request % REQUESTS}")])
+        if task.done():
+            self.settle(task.result(), request)
         else:
             self.counts.waited += 1
+            assert self.pool.free_nbytes == free, "somebody holds a part while he waits"
+            self.waiting.append(Waiting(task, request, sizes))
             self.settle()
 
     @rule(number=NUMBER)
@@ -143,7 +155,7 @@ class Machine(RuleBasedStateMachine):
         for _ in range(BYPASS + 2):
             if not self.waiting or (extent := self.pool.try_allocate(PAGE)) is None:
                 break
-            self.settle([(extent, "small")])
+            self.settle([extent], "small")
             self.lender.cancel("small", Cancelled("gone"))
             self.take_back(quarantine=False)
         self.settle()
@@ -274,6 +286,9 @@ class Machine(RuleBasedStateMachine):
         if (claim := pick(ready, number)) is None:
             return self.settle()
         extent = self.lent[claim.slot].extent
+        for waiting in self.waiting:  # or the memory would be theirs
+            waiting.task.cancel()
+        self.settle()
         self.lender.cancel(claim.request, Cancelled("gone"))
         self.take_back(quarantine=False)
         self.lend(size, number)

@@ -60,8 +60,9 @@ class Claim:
 
 @dataclass(eq=False)
 class Waiting:
-    task: asyncio.Task[Extent]
+    task: asyncio.Task[list[Extent]]
     request: str
+    sizes: list[int]
     passed: int = 0
 
 
@@ -72,6 +73,7 @@ class Counts:
     expired: int = 0
     denied: int = 0
     waited: int = 0
+    groups: int = 0
     passed: int = 0
     stale_reads: int = 0
 

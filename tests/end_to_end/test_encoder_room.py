@@ -128,7 +128,7 @@ async def test_a_full_pool_makes_requests_wait_in_order(folder: Path) -> None:
 
         waiting = [
             asyncio.create_task(ask("r1", range(10, 14))),
-            asyncio.create_task(ask("r2", range(20, 22))),
+            asyncio.create_task(ask("r2", range(20, 24))),
         ]
         await asyncio.sleep(0.05)
         assert order == []

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from triptych.errors import Overloaded, PromptTooLong
+from triptych.observe.metrics import export_usage
 from triptych.transfer.pool import BYPASS, Extent, Pool
 
 PAGE = 4096
@@ -164,45 +166,65 @@ async def test_quarantined_memory_comes_back_later() -> None:
     assert (await subject.allocate(1, LONG)).generation == extent.generation + 1
 
 
+class Cached:
+    """Extents of a pool that may be evicted, the oldest first."""
+
+    def __init__(self, subject: Pool, pages: Sequence[int]) -> None:
+        self.extents = [taken(subject, size) for size in pages]
+        self.pinned: set[Extent] = set()
+        self.subject = subject
+        subject.evictable = self.evictable
+        subject.on_pressure = self.evict
+
+    def evictable(self) -> list[Extent]:
+        return [extent for extent in self.extents if extent not in self.pinned]
+
+    def evict(self, nbytes: int) -> bool:
+        for extent in self.evictable():
+            self.extents.remove(extent)
+            self.subject.free(extent)
+            return True
+        return False
+
+
+def taken(subject: Pool, pages: int) -> Extent:
+    extent = subject.try_allocate(pages * PAGE)
+    assert extent is not None
+    return extent
+
+
 async def test_pressure_evicts_for_the_one_who_asks() -> None:
     subject = pool(4)
-    cached = [subject.try_allocate(PAGE) for _ in range(4)]
-
-    def evict(nbytes: int) -> bool:
-        if not cached:
-            return False
-        extent = cached.pop(0)
-        assert extent is not None
-        subject.free(extent)
-        return True
-
-    subject.on_pressure = evict
-    extent = subject.try_allocate(3 * PAGE)
-    assert extent is not None
-    assert len(cached) == 1
+    cache = Cached(subject, [1, 1, 1, 1])
+    extent = taken(subject, 3)
+    assert len(cache.extents) == 1
     waiting = asyncio.create_task(subject.allocate(4 * PAGE, LONG))
     await asyncio.sleep(0)
-    assert not cached  # evicted, not enough
+    assert len(cache.extents) == 1  # would not be enough
     subject.free(extent)
     subject.free(await waiting)
+    assert not cache.extents
+
+
+async def test_eviction_in_vain_does_not_happen() -> None:
+    """Enough bytes, but not side by side: what is pinned lies between."""
+    subject = pool(6)
+    cache = Cached(subject, [1, 2, 1, 2])
+    cache.pinned.add(cache.extents[2])
+    assert subject.try_allocate(4 * PAGE) is None
+    assert subject.try_allocate_all([3 * PAGE, 3 * PAGE]) is None
+    assert len(cache.extents) == 4
+    assert subject.try_allocate_all([2 * PAGE, 3 * PAGE]) is not None
+    assert cache.extents == list(cache.pinned)
 
 
 async def test_serve_tries_waiters_again_when_more_can_be_evicted() -> None:
     subject = pool(1)
-    cached = subject.try_allocate(1)
-    assert cached is not None
-    pinned = True
-
-    def evict(nbytes: int) -> bool:
-        if pinned or subject.used_nbytes == 0:
-            return False
-        subject.free(cached)
-        return True
-
-    subject.on_pressure = evict
+    cache = Cached(subject, [1])
+    cache.pinned.update(cache.extents)
     waiting = asyncio.create_task(subject.allocate(1, LONG))
     await asyncio.sleep(0)
-    pinned = False
+    cache.pinned.clear()
     subject.serve()
     assert (await waiting).generation == 2
 
@@ -252,36 +274,28 @@ async def test_nobody_frees_what_is_in_quarantine_before_its_time() -> None:
     assert subject.free_nbytes == 2 * PAGE
 
 
-class Owner:
-    evictable = 0
-
-    def cached(self) -> int:
-        return self.evictable
-
-
 def exported(name: str) -> dict[str, float | None]:
     sample = "triptych_pool_bytes"
     return {
         state: REGISTRY.get_sample_value(sample, {"pool": name, "state": state})
-        for state in ("free", "leased", "cached", "quarantined")
+        for state in ("free", "pinned", "leased", "cached", "quarantined")
     }
 
 
 async def test_bytes_by_state_are_metrics() -> None:
-    subject, owner = pool(8), Owner()
-    subject.export("a test's", owner.cached)
-    extents = [subject.try_allocate(n * PAGE) for n in (1, 2, 3)]
-    assert extents[0] is not None
+    subject = pool(10)
+    export_usage("a test's", subject)
+    extents = [taken(subject, pages) for pages in (1, 2, 3, 1)]
     subject.quarantine(extents[0], 0.01)
-    owner.evictable = 2 * PAGE
-    expected = {"free": 2, "leased": 3, "cached": 2, "quarantined": 1}
+    subject.evictable = lambda: [extents[1]]
+    subject.leased = lambda: [extents[2]]
+    expected = {"free": 3, "pinned": 1, "leased": 3, "cached": 2, "quarantined": 1}
     assert exported("a test's") == {state: n * PAGE for state, n in expected.items()}
-    del owner  # metrics keep neither a pool nor its owner alive
-    gc.collect()
-    assert exported("a test's")["cached"] == 0
-    assert subject.try_allocate(2 * PAGE) is not None
+    assert sum(subject.usage().values()) == subject.nbytes
+    subject.evictable = subject.leased = tuple
+    taken(subject, 3)
     await subject.allocate(PAGE, LONG)  # when the quarantine is over
-    assert exported("a test's")["leased"] == 8 * PAGE
-    del subject
+    assert exported("a test's")["pinned"] == 10 * PAGE
+    del subject  # metrics do not keep a pool alive
     gc.collect()
-    assert set(exported("a test's").values()) == {0}
+    assert set(exported("a test's").values()) == {None}

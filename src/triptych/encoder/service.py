@@ -29,6 +29,7 @@ from triptych.errors import ClientError, PromptTooLong, TriptychError
 from triptych.media.image import read_header
 from triptych.media.processor import Processor
 from triptych.models.vision import VisionModel
+from triptych.observe.metrics import export_usage
 from triptych.refs import EmbeddingRef
 from triptych.request import ItemMeta, Span
 from triptych.transfer.pool import Extent, Pool
@@ -67,8 +68,14 @@ class EncoderService:
         self._spans = spans
         self.producer = producer(self._on_idle)
         pool_nbytes = config.pool_mib << 20
-        self.pool = Pool(region.carve(pool_nbytes), pool_nbytes, on_pressure=self._relieve)
-        self.pool.export("embeddings", self._cached_nbytes)
+        self.pool = Pool(
+            region.carve(pool_nbytes),
+            pool_nbytes,
+            evictable=self._evictable,
+            leased=self._leased,
+            on_pressure=self._relieve,
+        )
+        export_usage("embeddings", self.pool)
         self._admission = Admission(self.pool, config.timeouts.pool)
         self.cache = EmbeddingCache()
         self._scheduler = EncodeScheduler(
@@ -356,13 +363,20 @@ class EncoderService:
         self.producer.close_slot(embedding.slot)
         self.pool.free(embedding.extent)
 
-    def _cached_nbytes(self) -> int:
-        """Of embeddings that nobody has leased: they stay until their room is needed."""
-        return sum(
-            embedding.extent.nbytes
+    def _evictable(self) -> list[Extent]:
+        """Embeddings that nobody has leased: they stay until their room is needed."""
+        return [
+            embedding.extent
             for slot, embedding in self._embeddings.items()
             if embedding.cached and not self.producer.leases(slot)
-        )
+        ]
+
+    def _leased(self) -> list[Extent]:
+        return [
+            embedding.extent
+            for slot, embedding in self._embeddings.items()
+            if embedding.cached and self.producer.leases(slot)
+        ]
 
     def _relieve(self, nbytes: int) -> bool:
         """The pool is full: let the embedding go that nobody has used for the longest time."""

@@ -6,9 +6,14 @@ client library adds.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from functools import cache
+from typing import Protocol
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -63,11 +68,43 @@ rpc_seconds = Histogram(
     buckets=RPC_BUCKETS_S,
 )
 
-pool_bytes = Gauge(
-    "triptych_pool_bytes",
-    "Transfer memory by what it is doing: free, leased, cached (evictable) or quarantined.",
-    ["pool", "state"],
-)
+
+class HasUsage(Protocol):
+    def usage(self) -> dict[str, int]:
+        """Bytes by state. Called on the thread that serves metrics."""
+
+
+class _Pools(Collector):
+    """Counts when metrics are asked for, each pool once."""
+
+    def __init__(self) -> None:
+        # They live as long as the process and must not keep a pool, or its owner, alive.
+        self.pools: dict[str, weakref.ref[HasUsage]] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        found = GaugeMetricFamily(
+            "triptych_pool_bytes",
+            "Transfer memory by what it is doing: free; pinned (being filled, read into or "
+            "computed with); reserved (for a request that is to come); leased (complete, kept for "
+            "a consumer); cached (complete, evictable); quarantined (may still be written to).",
+            labels=["pool", "state"],
+        )
+        for name, alive in self.pools.items():
+            if (pool := alive()) is not None:
+                for state, nbytes in pool.usage().items():
+                    found.add_metric([name, state], nbytes)
+        yield found
+
+
+_pools = _Pools()
+REGISTRY.register(_pools)
+
+
+def export_usage(name: str, pool: HasUsage) -> None:
+    """Serve a pool's bytes by state as ``triptych_pool_bytes``, for as long as it lives."""
+    _pools.pools[name] = weakref.ref(pool)
+
+
 leases = Gauge("triptych_leases", "Leases on slots that this process lends.")
 leases_expired = Counter("triptych_leases_expired", "Leases that ended by their holder's silence.")
 claims_denied = Counter("triptych_claims_denied", "Claims that were denied, by reason.", ["reason"])

@@ -26,6 +26,7 @@ from triptych.engine.selftest import selftest
 from triptych.errors import TriptychError
 from triptych.models.language import LanguageModel
 from triptych.models.loading import identity, load_language
+from triptych.observe.metrics import export_usage
 from triptych.refs import KVLayout
 from triptych.request import Span
 from triptych.stage.feed import EmbeddingFeed
@@ -73,7 +74,7 @@ class EngineHost:
         )
         self.consumer = Consumer(stage.dial, self.region, self._transports, stage.timeouts)
         landing = Pool(self.region.carve(landing_nbytes), landing_nbytes)
-        landing.export("landing")
+        export_usage("landing", landing)
         self.feed = EmbeddingFeed(
             self.consumer,
             self.region,

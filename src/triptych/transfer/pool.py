@@ -1,8 +1,9 @@
 """Pages of one area of a region: contiguous extents, given out in order of arrival.
 
-Who asks first is served first. A later request that fits may pass a waiting larger one, but only
-``BYPASS`` times; then everyone waits until the first has its memory. One decision at a time, on
-the loop's thread.
+A request asks for all its extents at once and gets all of them or none, so nobody holds a part
+while it waits for the rest. Who asks first is served first. Later requests that fit may pass one
+that waits, ``BYPASS`` of them at most; then everyone waits until it has its memory. One decision at
+a time, on the loop's thread.
 
 Memory that a transfer may still touch is in quarantine: nothing gives it back before its time.
 """
@@ -10,17 +11,16 @@ Memory that a transfer may still touch is in quarantine: nothing gives it back b
 from __future__ import annotations
 
 import asyncio
-import weakref
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from triptych.errors import Overloaded, PromptTooLong
-from triptych.observe.metrics import pool_bytes
 
 BYPASS = 16
-"""How many later requests may pass a waiting one."""
+"""How many later requests may pass one that waits."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,25 @@ class Extent:
     generation: int
 
 
+_Placed: TypeAlias = tuple[list[int], list[tuple[int, int]]]
+"""Offsets, and the holes that are left: (offset, nbytes), sorted."""
+
+
 @dataclass
 class _Waiter:
-    nbytes: int
-    granted: asyncio.Future[Extent]
+    sizes: list[int]
+    granted: asyncio.Future[list[Extent]]
     passed: int = 0
+    """By later ones. Who passes a waiter passes all before it: nobody's is above the first's."""
 
 
 class Pool:
     """``nbytes`` of a region from ``offset``, in pages. Used from one event loop's thread.
 
-    ``on_pressure(nbytes)`` is called when an allocation does not fit; it may free something and
-    then returns True, and the allocation is tried again.
+    ``evictable()``: extents that their owner could free at once. When a request does not fit, but
+    would without them, ``on_pressure(nbytes)`` is called until it fits: each time it frees one of
+    them, and returns False if there is none. When they would not be enough, none is freed.
+    ``leased()``: extents whose bytes are complete and lent to somebody.
     """
 
     def __init__(
@@ -51,11 +58,16 @@ class Pool:
         offset: int,
         nbytes: int,
         page: int = 4096,
+        *,
+        evictable: Callable[[], Iterable[Extent]] = tuple,
+        leased: Callable[[], Iterable[Extent]] = tuple,
         on_pressure: Callable[[int], bool] | None = None,
     ) -> None:
         self.nbytes = nbytes // page * page
         self.free_nbytes = self.nbytes
         """Bytes that are neither in use nor in quarantine (perhaps not contiguous)."""
+        self.evictable = evictable
+        self.leased = leased
         self.on_pressure = on_pressure
         self._page = page
         self._free: list[tuple[int, int]] = [(offset, self.nbytes)] if self.nbytes else []
@@ -74,26 +86,36 @@ class Pool:
         return self.nbytes - self.free_nbytes
 
     def try_allocate(self, nbytes: int) -> Extent | None:
-        """An extent of at least ``nbytes`` (whole pages), or None when none may be had now.
+        """A group of one: see ``try_allocate_all``."""
+        extents = self.try_allocate_all([nbytes])
+        return None if extents is None else extents[0]
 
-        Raises PromptTooLong when it could never be had.
+    def try_allocate_all(self, sizes: Sequence[int]) -> list[Extent] | None:
+        """An extent of at least that many bytes (whole pages) for each size, in their order, or
+        None when they cannot all be had now.
+
+        Raises PromptTooLong when they never could.
         """
-        size = self._size(nbytes)
+        pages = self._pages(sizes)
         if self._waiters and self._waiters[0].passed >= BYPASS:
             return None
-        extent = self._take(size)
-        if extent is None:
-            self.serve()  # what was freed in vain may be enough for someone who waits
-        elif self._waiters:
-            self._waiters[0].passed += 1
-        return extent
+        extents = self._take(pages)
+        if extents is not None:
+            for waiter in self._waiters:
+                waiter.passed += 1
+        return extents
 
     async def allocate(self, nbytes: int, timeout_s: float) -> Extent:
-        """Like ``try_allocate``, but waits its turn. Raises Overloaded after ``timeout_s``."""
-        extent = self.try_allocate(nbytes)
-        if extent is not None:
-            return extent
-        waiter = _Waiter(self._size(nbytes), asyncio.get_running_loop().create_future())
+        """A group of one: see ``allocate_all``."""
+        return (await self.allocate_all([nbytes], timeout_s))[0]
+
+    async def allocate_all(self, sizes: Sequence[int], timeout_s: float) -> list[Extent]:
+        """Like ``try_allocate_all``, but waits its turn; holds nothing while it waits, or when
+        it is cancelled. Raises Overloaded after ``timeout_s``."""
+        extents = self.try_allocate_all(sizes)
+        if extents is not None:
+            return extents
+        waiter = _Waiter(self._pages(sizes), asyncio.get_running_loop().create_future())
         self._waiters.append(waiter)
         try:
             await asyncio.wait({waiter.granted}, timeout=timeout_s)
@@ -101,15 +123,20 @@ class Pool:
                 return waiter.granted.result()
         except asyncio.CancelledError:
             if waiter.granted.done():
-                self.free(waiter.granted.result())
+                self.free_all(waiter.granted.result())
             raise
         finally:
             if not waiter.granted.done():
                 self._waiters.remove(waiter)
                 self.serve()
         raise Overloaded(
-            f"no room for {nbytes} bytes in a pool of {self.nbytes} within {timeout_s:g} s"
+            f"no room for {sum(sizes)} bytes in a pool of {self.nbytes} within {timeout_s:g} s"
         )
+
+    def free_all(self, extents: Iterable[Extent]) -> None:
+        """Give back what was allocated together, or a part of it."""
+        for extent in extents:
+            self.free(extent)
 
     def free(self, extent: Extent) -> None:
         """Give an extent back. A second time, after a new tenant came, or in quarantine, does
@@ -135,27 +162,17 @@ class Pool:
         self._quarantined[extent.offset] = until
         loop.call_at(until, self._end_quarantine, extent, until)
 
-    def export(self, name: str, cached: Callable[[], int] | None = None) -> None:
-        """Serve the pool's bytes by state as metrics, counted when they are asked for.
-
-        ``cached()``: bytes taken that could be given back at once; a method of the pool's owner.
-        """
-        # The metrics live as long as the process and must not keep a pool, or its owner, alive.
-        pool = weakref.ref(self)
-        owner = None if cached is None else weakref.WeakMethod(cached)
-
-        def evictable() -> int:
-            count = owner() if owner is not None else None
-            return count() if count is not None else 0
-
-        def serve(state: str, count: Callable[[Pool], int]) -> None:
-            gauge = pool_bytes.labels(name, state)
-            gauge.set_function(lambda: 0 if (it := pool()) is None else count(it))
-
-        serve("free", lambda it: it.free_nbytes)
-        serve("cached", lambda it: evictable())
-        serve("quarantined", lambda it: it.quarantined_nbytes)
-        serve("leased", lambda it: it.used_nbytes - it.quarantined_nbytes - evictable())
+    def usage(self) -> dict[str, int]:
+        """Bytes by what they are doing; together, the whole pool."""
+        cached = sum(extent.nbytes for extent in self.evictable())
+        leased = sum(extent.nbytes for extent in self.leased())
+        return {
+            "free": self.free_nbytes,
+            "pinned": self.used_nbytes - self.quarantined_nbytes - leased - cached,
+            "leased": leased,
+            "cached": cached,
+            "quarantined": self.quarantined_nbytes,
+        }
 
     def _end_quarantine(self, extent: Extent, until: float) -> None:
         if self._quarantined.get(extent.offset) == until:
@@ -163,38 +180,40 @@ class Pool:
             self.quarantined_nbytes -= extent.nbytes
             self.free(extent)
 
-    def _size(self, nbytes: int) -> int:
-        size = max(1, -(-nbytes // self._page)) * self._page
-        if size > self.nbytes:
-            raise PromptTooLong(f"{nbytes} bytes do not fit a pool of {self.nbytes} bytes")
-        return size
+    def _pages(self, sizes: Sequence[int]) -> list[int]:
+        pages = [max(1, -(-nbytes // self._page)) * self._page for nbytes in sizes]
+        if sum(pages) > self.nbytes:
+            raise PromptTooLong(
+                f"{sum(pages)} bytes are needed at once, the pool has {self.nbytes}"
+            )
+        return pages
 
-    def _take(self, size: int) -> Extent | None:
-        """First fit; asks ``on_pressure`` for as long as that frees something."""
-        while (index := self._find(size)) is None:
-            if self.on_pressure is None or not self._relieve(size):
-                return None
-        start, length = self._free[index]
-        if length == size:
-            del self._free[index]
-        else:
-            self._free[index] = (start + size, length - size)
-        self.free_nbytes -= size
-        self._generation += 1
-        extent = self._taken[start] = Extent(start, size, self._generation)
-        return extent
+    def _take(self, sizes: list[int]) -> list[Extent] | None:
+        """All of them, after eviction if that is what it takes, or none."""
+        placed = _place(sizes, self._free)
+        if placed is None and self._would_fit(sizes):
+            while placed is None and self.on_pressure is not None and self.on_pressure(sum(sizes)):
+                placed = _place(sizes, self._free)
+        if placed is None:
+            return None
+        starts, self._free = placed
+        self.free_nbytes -= sum(sizes)
+        extents = []
+        for start, size in zip(starts, sizes, strict=True):
+            self._generation += 1
+            extents.append(Extent(start, size, self._generation))
+            self._taken[start] = extents[-1]
+        return extents
 
-    def _relieve(self, size: int) -> bool:
-        # What is freed for this request must not go to a waiter meanwhile.
-        assert self.on_pressure is not None
-        serving, self._serving = self._serving, True
-        try:
-            return self.on_pressure(size)
-        finally:
-            self._serving = serving
-
-    def _find(self, size: int) -> int | None:
-        return next((i for i, (_, length) in enumerate(self._free) if length >= size), None)
+    def _would_fit(self, sizes: list[int]) -> bool:
+        """Without everything that can be evicted."""
+        evictable = [(extent.offset, extent.nbytes) for extent in self.evictable()]
+        holes: list[tuple[int, int]] = []
+        for start, length in sorted([*self._free, *evictable]):
+            if holes and sum(holes[-1]) == start:
+                start, length = holes[-1][0], holes.pop()[1] + length
+            holes.append((start, length))
+        return bool(evictable) and _place(sizes, holes) is not None
 
     def _insert(self, offset: int, nbytes: int) -> None:
         """Into the sorted free list, joined with its neighbours."""
@@ -208,7 +227,7 @@ class Pool:
             self._free.insert(index, (offset, nbytes))
 
     def serve(self) -> None:
-        """Grant waiters what fits, in order, with bounded bypass of the first.
+        """Grant waiters what fits, in order, with bounded bypass.
 
         Called by itself whenever something is freed; the owner calls it when ``on_pressure`` could
         free more than before.
@@ -217,16 +236,36 @@ class Pool:
             return
         self._serving = True
         try:
+            waiting: list[_Waiter] = []
             for waiter in list(self._waiters):
-                first = self._waiters[0]
-                if waiter is not first and first.passed >= BYPASS:
+                if waiting and waiting[0].passed >= BYPASS:
                     break
-                extent = self._take(waiter.nbytes)
-                if extent is None:
+                extents = self._take(waiter.sizes)
+                if extents is None:
+                    waiting.append(waiter)
                     continue
-                if waiter is not first:
-                    first.passed += 1
+                for passed in waiting:
+                    passed.passed += 1
                 self._waiters.remove(waiter)
-                waiter.granted.set_result(extent)
+                waiter.granted.set_result(extents)
         finally:
             self._serving = False
+
+
+def _place(sizes: list[int], holes: Sequence[tuple[int, int]]) -> _Placed | None:
+    """Where each of the sizes goes, the largest first, into the first hole that has room, and the
+    holes that are left; None when one finds no room.
+
+    Holes may exist in which another order would fit; in a single one any order does.
+    """
+    left = list(holes)
+    starts = [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        size = sizes[index]
+        hole = next((i for i, (_, length) in enumerate(left) if length >= size), None)
+        if hole is None:
+            return None
+        start, length = left[hole]
+        starts[index] = start
+        left[hole] = (start + size, length - size)
+    return starts, [hole for hole in left if hole[1]]
