@@ -206,6 +206,22 @@ def test_disconnect_before_the_first_token(cluster: Cluster) -> None:
     nothing_left(cluster)
 
 
+def test_every_byte_of_every_pool_is_counted(cluster: Cluster) -> None:
+    """Of one worker of each kind: in this process the others share the names."""
+    nothing_left(cluster)
+    with urllib.request.urlopen(f"{cluster.stages[-1].url}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    shown = [line for line in lines if line.startswith("triptych_pool_bytes{")]
+    found = {line.rsplit(" ")[0].split("{")[1]: float(line.rsplit(" ")[1]) for line in shown}
+    kv: Any = cluster.stages[-1].service.host.engine.kv  # type: ignore[attr-defined]
+    assert found['pool="kv",state="free"}'] == kv.n_blocks * kv.block_nbytes
+    for state in ("pinned", "reserved", "leased"):
+        assert found[f'pool="kv",state="{state}"}}'] == 0
+    pools = {name.split('"')[1] for name in found}
+    assert pools == {"embeddings", "landing", "kv"}
+    assert 'triptych_transport_info{protocol="",transport="shm"} 1.0' in lines
+
+
 def test_model_folder_is_the_served_name(cluster: Cluster) -> None:
     assert Path(cluster.model).is_dir()
     client = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0)

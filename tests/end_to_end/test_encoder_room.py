@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from tests.end_to_end.encoder_bench import (
     ROUTER,
@@ -114,6 +115,30 @@ async def test_the_pool_is_the_cache_and_evicts_the_oldest(folder: Path) -> None
         assert cached == [False] * 3 + [True] * 5
         for seed in range(8):
             subject.service.cancel(f"s{seed}")
+
+
+async def test_bytes_of_the_pool_by_what_they_are_doing(folder: Path) -> None:
+    async with bench(folder) as subject:
+
+        def shown() -> dict[str, float]:
+            return {
+                sample.labels["state"]: sample.value
+                for family in REGISTRY.collect()
+                for sample in family.samples
+                if sample.name == "triptych_pool_bytes" and sample.labels["pool"] == "embeddings"
+            }
+
+        size, whole = 196 * 4 * 64 * 4, subject.service.pool.nbytes
+        nothing = dict.fromkeys(("pinned", "leased", "cached", "quarantined"), 0)
+        assert shown() == {"free": whole, **nothing}
+        subject.gate.open.clear()
+        (item,) = await subject.encode(request("r0", [large(0)]))
+        assert shown() == {"free": whole - size, **nothing, "pinned": size}  # being filled
+        subject.gate.open.set()
+        await until(lambda: shown()["leased"] == size)
+        assert shown() == {"free": whole - size, **nothing, "leased": size}
+        subject.service.cancel("r0")
+        assert shown() == {"free": whole - size, **nothing, "cached": size}
 
 
 async def test_a_full_pool_makes_requests_wait_in_order(folder: Path) -> None:

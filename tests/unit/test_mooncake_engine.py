@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from tests.transfer_rig import FAST
 from triptych.errors import ConfigError, TransferFailed
+from triptych.observe.metrics import transport_info
 from triptych.transfer.region import PAGE, Region
 from triptych.transfer.transports import mooncake
 from triptych.transfer.transports.base import Peer, Read, TransportUnavailable
@@ -178,3 +180,27 @@ def test_auto_does_not_take_an_unauthenticated_protocol(
     monkeypatch.setattr("triptych.transfer.transports.choice.Region", type("Other", (), {}))
     os.environ["MC_FORCE_TCP"] = "1"
     assert kinds("auto") == ["http"]
+
+
+def test_the_protocol_in_effect_is_a_metric(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one that was asked for: NVLink's settings are there, and TCP is what the engine is
+    found to use."""
+    monkeypatch.setattr("triptych.transfer.transports.choice.Region", type("Other", (), {}))
+
+    def shown(protocol: str) -> float | None:
+        labels = {"transport": "mooncake", "protocol": protocol}
+        return REGISTRY.get_sample_value("triptych_transport_info", labels)
+
+    transport_info.clear()
+    assert kinds("mooncake") == ["mooncake"]
+    assert (shown("nvlink"), shown("tcp")) == (1, None)
+    transport_info.clear()
+    monkeypatch.setattr(mooncake, "_engines", [])
+    monkeypatch.setattr(FakeEngine, "batch_register_memory", lambda self, *arguments: 0)
+    assert kinds("mooncake") == ["mooncake"]
+    assert (shown("nvlink"), shown("tcp")) == (None, 1)
+    transport_info.clear()
+    assert kinds("auto") == ["http"]  # one that was looked at and left out is not shown
+    assert (shown("nvlink"), shown("tcp")) == (None, None)
+    labels = {"transport": "http", "protocol": ""}
+    assert REGISTRY.get_sample_value("triptych_transport_info", labels) == 1

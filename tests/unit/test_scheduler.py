@@ -160,6 +160,26 @@ def test_reservations_wait_in_line_and_become_sequences() -> None:
     assert owner.blocks.n_free == 4
 
 
+def test_blocks_by_what_they_are_doing() -> None:
+    owner = scheduler(n_blocks=10)
+    assert owner.usage() == {"free": 10, "pinned": 0, "reserved": 0, "leased": 0}
+    owner.add(prompt("kept", 8, keep_kv=True))
+    owner.add(Reservation("a", 12, 0.0))
+    owner.add(prompt("running", 12))
+    owner.add(prompt("no room", 12))
+    step = owner.schedule()
+    assert owner.usage() == {"free": 1, "pinned": 6, "reserved": 3, "leased": 0}
+    run(step, owner)
+    assert owner.usage() == {"free": 1, "pinned": 4, "reserved": 3, "leased": 2}
+    starting = prompt("a", 10, answer=2)
+    starting.phase, starting.computed, starting.output = Phase.DECODE, 10, [7]
+    owner.start(starting)
+    assert owner.usage() == {"free": 1, "pinned": 7, "reserved": 0, "leased": 2}
+    for name in ("kept", "a", "running", "no room"):
+        owner.end(name)
+    assert owner.usage() == {"free": 10, "pinned": 0, "reserved": 0, "leased": 0}
+
+
 def test_what_never_fits_is_refused_at_once() -> None:
     owner = scheduler(n_blocks=2)
     with pytest.raises(PromptTooLong, match="9 tokens do not fit the KV cache of 8"):
@@ -216,6 +236,8 @@ def test_everything_ends_within_the_limits(
         step = owner.schedule()
         assert sum(work.stop - work.start for work in step.work) <= chunk
         assert len(owner.running) <= places
+        usage = owner.usage()
+        assert sum(usage.values()) == 12 and min(usage.values()) >= 0
         for work in step.work:
             sequence = work.sequence
             assert work.start == sequence.computed < work.stop

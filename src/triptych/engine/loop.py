@@ -90,6 +90,8 @@ class Engine:
         self._reservations: dict[str, Reservation] = {}
         self._withheld: Withheld[_Result] = Withheld()
         self._out = Outbox()
+        self.usage = self._scheduler.usage()
+        """After the last turn; replaced as a whole, so that any thread may read it."""
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
@@ -125,6 +127,7 @@ class Engine:
             if schedule.work:
                 self._step(schedule.work)
             busy = bool(schedule.work)
+            self.usage = self._scheduler.usage()
             self._flush()
         for request_id in [*self._sequences, *self._reservations]:
             self._fail(request_id, WorkerLost("the engine was closed"))

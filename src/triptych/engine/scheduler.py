@@ -82,6 +82,14 @@ class Scheduler:
         self.reserved.pop(request_id, None)
         self.blocks.release(request_id)
 
+    def usage(self) -> dict[str, int]:
+        """Blocks by what they are doing; together, all of them. ``leased``: kept for a consumer."""
+        pinned = sum(len(entry.blocks) for entry in (*self.running, *self.starting))
+        reserved = sum(len(entry.blocks) for entry in self.reserved.values())
+        free = self.blocks.n_free
+        leased = self.blocks.n_blocks - free - pinned - reserved
+        return {"free": free, "pinned": pinned, "reserved": reserved, "leased": leased}
+
     def schedule(self) -> Schedule:
         granted = self._admit()
         work = [

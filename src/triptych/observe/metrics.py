@@ -108,6 +108,12 @@ def export_usage(name: str, pool: HasUsage) -> None:
 leases = Gauge("triptych_leases", "Leases on slots that this process lends.")
 leases_expired = Counter("triptych_leases_expired", "Leases that ended by their holder's silence.")
 claims_denied = Counter("triptych_claims_denied", "Claims that were denied, by reason.", ["reason"])
+transport_info = Gauge(
+    "triptych_transport_info",
+    "1 for each transport that this process's memory is offered by, with what it was found to move"
+    ' bytes by ("nvlink", "rdma", "tcp"; "" where the transport leaves no choice).',
+    ["transport", "protocol"],
+)
 transport_links = Gauge(
     "triptych_transport_links",
     "Producers that this process reads from, by the transport in effect and their role.",

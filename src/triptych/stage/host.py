@@ -66,6 +66,7 @@ class EngineHost:
         self.kv_offset = self.region.carve(kv_nbytes)
         memory = self.region.tensor(self.kv_offset, (kv_nbytes,), torch.uint8)
         self.engine = Engine(model, memory, config, self._from_engine)
+        export_usage("kv", self)
         self._transports = open_transports(
             transport,
             self.region,
@@ -108,6 +109,10 @@ class EngineHost:
             dtype=str(model.dtype).removeprefix("torch."),
             tp_size=1,
         )
+
+    def usage(self) -> dict[str, int]:
+        """Bytes of KV blocks by state, as in ``Scheduler.usage``."""
+        return {state: n * self.engine.kv.block_nbytes for state, n in self.engine.usage.items()}
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from triptych.config import TransportName
 from triptych.errors import ConfigError
+from triptych.observe.metrics import transport_info
 from triptych.transfer.region import BaseRegion, Region
 from triptych.transfer.transports.base import Transport
 from triptych.transfer.transports.http import HttpTransport
@@ -12,6 +13,17 @@ from triptych.transfer.transports.shm import ShmTransport
 
 
 def open_transports(
+    name: TransportName, region: BaseRegion, *, url: str, host: str
+) -> dict[str, Transport]:
+    """Those of ``_choose``, each shown in the metrics. Raises ConfigError."""
+    transports = _choose(name, region, url=url, host=host)
+    for kind, transport in transports.items():
+        protocol = transport.protocol if isinstance(transport, MooncakeTransport) else ""
+        transport_info.labels(kind, protocol).set(1)
+    return transports
+
+
+def _choose(
     name: TransportName, region: BaseRegion, *, url: str, host: str
 ) -> dict[str, Transport]:
     """By kind, best first: for what this process offers and for what it reads.
