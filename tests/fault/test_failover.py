@@ -1,0 +1,128 @@
+"""Workers of a served topology killed under load: every answer is the one it would have been."""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+from _pytest.mark import ParameterSet
+
+from tests.end_to_end.reference import question
+from tests.end_to_end.served import Served
+from triptych.demo.tiny import make_tiny_model
+
+MAX_TOKENS = 60
+REQUESTS = 6
+BACK_S = 90.0
+"""For killed workers to be started again, on a busy machine."""
+ROLES = ("encoder", "prefill", "decode")
+
+
+def full(after: int) -> ParameterSet:
+    return pytest.param(after, marks=pytest.mark.full)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder: Path = make_tiny_model(tmp_path_factory.mktemp("model"), "qwen3_vl")
+    options = ("--encoders", "2", "--prefills", "2", "--decodes", "2", "--chunk-tokens", "64")
+    with Served(folder, "E/P/D", options) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(served: Served) -> list[list[str]]:
+    """Every request's answer when nothing goes wrong."""
+    return together(served)
+
+
+class Tokens:
+    """How many have come, of all answers together."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+
+    def add(self, count: int) -> None:
+        with self._changed:
+            self._count += count
+            self._changed.notify_all()
+
+    def wait_for(self, count: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._count >= count, BACK_S)
+
+
+def together(served: Served, role: str = "", after: int = 0) -> list[list[str]]:
+    """All requests at once. A worker of ``role`` is killed when that many tokens have come."""
+    come = Tokens()
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        asked = [pool.submit(answer, served.url, n, come) for n in range(REQUESTS)]
+        if role:
+            come.wait_for(after)
+            random.choice(served.workers(role)).kill()
+        return [each.result() for each in asked]
+
+
+def answer(url: str, number: int, come: Tokens) -> list[str]:
+    """The tokens of one streamed answer; greedy for even numbers, seeded draws for odd ones."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    stream = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=question([number, number + 1]),  # type: ignore[arg-type]
+        max_tokens=MAX_TOKENS,
+        temperature=0.9 if number % 2 else 0.0,
+        seed=number,
+        logprobs=True,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    tokens: list[str] = []
+    text, finish, counted = "", None, 0
+    for chunk in stream:
+        if chunk.usage is not None:
+            counted = chunk.usage.completion_tokens
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            finish = choice.finish_reason or finish
+            if choice.logprobs is not None and choice.logprobs.content is not None:
+                tokens += [token.token for token in choice.logprobs.content]
+                come.add(len(choice.logprobs.content))
+    assert (finish, counted, len(tokens)) == ("length", MAX_TOKENS, MAX_TOKENS)
+    assert "�" in "".join(tokens) or "".join(tokens) == text
+    return tokens
+
+
+def metric(url: str, name: str) -> float:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as page:
+        found = re.search(rf"^{re.escape(name)} (\S+)$", page.read().decode(), re.M)
+    return float(found.group(1)) if found else 0.0
+
+
+def wait_for_all(served: Served) -> None:
+    end = time.monotonic() + BACK_S
+    while any(metric(served.url, f'triptych_workers{{role="{role}"}}') != 2 for role in ROLES):
+        assert time.monotonic() < end, "a killed worker did not come back"
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("after", [0, 120, *(full(n) for n in (1, 6, 20, 60, 200, 300))])
+def test_every_answer_is_whole(
+    served: Served, expected: list[list[str]], role: str, after: int
+) -> None:
+    """``after``: tokens of all answers together when the worker dies."""
+    wait_for_all(served)
+    before = metric(served.url, 'triptych_retries_total{role="decode"}')
+    assert together(served, role, after) == expected
+    if role == "decode" and 20 <= after <= 200:
+        assert metric(served.url, 'triptych_retries_total{role="decode"}') > before
