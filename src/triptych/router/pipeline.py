@@ -70,6 +70,9 @@ class Pipeline:
     async def run(self, call: Call, emit: Emit) -> Usage:
         """The life of a request: from its arrival until ``emit`` has had its last text.
 
+        A worker that is lost costs another try, after the first token too: the next workers go on
+        behind the tokens that the client has had.
+
         Raises what it ends with otherwise. However it ends, cancelled from outside too, no
         worker is left holding anything for it.
         """
