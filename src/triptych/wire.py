@@ -78,13 +78,14 @@ class TransportOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str
     """Boot id of the producer's host: equal means the same machine."""
     address: str
-    """Unix socket path (shm), ``host:port`` of the session (mooncake), base URL (http)."""
+    """Unix socket (shm), ``host:port`` of the session (mooncake), base URL (http)."""
     base: int = 0
     """Address of the pool's first byte, where the transport needs one."""
     nbytes: int = 0
     """Size of the pool."""
     protocol: str = ""
-    """What the bytes move by where the kind leaves it open: "nvlink", "rdma", "tcp"."""
+    """What the bytes move by where the kind leaves it open: "nvlink", "rdma", "tcp" (mooncake),
+    "staged" (shm, when the memory is a GPU's)."""
 
 
 class Challenge(Message, frozen=True, tag="challenge"):

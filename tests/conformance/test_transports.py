@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -32,9 +32,31 @@ from triptych.transfer.transports.http import HttpTransport, transfer_route
 from triptych.transfer.transports.memory import MemoryTransport
 from triptych.transfer.transports.mooncake import MooncakeTransport
 from triptych.transfer.transports.shm import ShmTransport
+from triptych.transfer.transports.shm_device import StagedTransport
+from triptych.transfer.transports.staging import Layout
 from triptych.wire import TransportOffer
 
-KINDS = ["memory", "shm", "http", "mooncake"]
+SMALL = Layout(3, 96 << 10)
+"""Buffers so small that most reads here take several, and each of them several times."""
+
+
+def staged(region: Region) -> StagedTransport:
+    """As for GPU memory, with host memory in its place."""
+    return StagedTransport(region, SMALL)
+
+
+MAKE: dict[str, tuple[Callable[[Region], Transport], Callable[[Region], Transport]]] = {
+    "memory": (MemoryTransport, MemoryTransport),
+    "shm": (ShmTransport, ShmTransport),
+    "staged": (staged, staged),
+    "staged to mapped": (staged, ShmTransport),
+    "mapped to staged": (ShmTransport, staged),
+    "mooncake": (lambda region: MooncakeTransport(region, "127.0.0.1"),) * 2,
+}
+"""The producer's and the consumer's side."""
+KINDS = [*MAKE, "http"]
+WAITS = ["http", "mooncake", "staged", "staged to mapped"]
+"""Their reads wait for the peer."""
 AREA = 8 << 20
 TIMEOUT_S = 10.0
 
@@ -72,6 +94,7 @@ class ServerThread:
 
 @dataclass
 class Pair:
+    name: str
     source: Region
     target: Region
     producer: Transport
@@ -92,6 +115,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
         server = ServerThread()
         source = server.worker.region
         subject = Pair(
+            "http",
             source,
             target,
             server.worker.transports["http"],
@@ -101,12 +125,9 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     else:
         server = None
         source = Region(AREA, "s" * 32)
-        make = {
-            "memory": MemoryTransport,
-            "shm": ShmTransport,
-            "mooncake": lambda region: MooncakeTransport(region, "127.0.0.1"),
-        }[request.param]
-        subject = Pair(source, target, make(source), make(target), Peer("http://x:1", "", ""))
+        produce, consume = MAKE[request.param]
+        peer = Peer("http://x:1", "", "")
+        subject = Pair(request.param, source, target, produce(source), consume(target), peer)
     assert source.carve(AREA) == target.carve(AREA) == 2 * PAGE
     draw = random.Random(1)
     source.view(2 * PAGE, AREA)[:] = draw.randbytes(AREA)
@@ -167,7 +188,7 @@ def test_a_link_sees_what_is_written_later(pair: Pair) -> None:
 def test_memory_that_is_mapped_is_the_producers_own(pair: Pair) -> None:
     """Where bytes need not move, what the producer writes is there, and nothing was copied."""
     link = pair.connect()
-    if pair.producer.kind in ("http", "mooncake"):
+    if pair.name not in ("memory", "shm"):
         assert link.memory is None
         return
     assert link.memory is not None and link.memory.dtype is torch.uint8
@@ -248,7 +269,7 @@ def test_an_aborted_link_ends_soon_and_stays_so(pair: Pair) -> None:
     link.abort()
     link.abort()
     start = time.monotonic()
-    if pair.consumer.kind in ("http", "mooncake"):
+    if pair.name in WAITS:
         with pytest.raises(TransferFailed, match="lost"):
             link.read([read], TIMEOUT_S)
     else:  # copies, which wait for nobody

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from triptych.config import TransportName
-from triptych.errors import ConfigError
 from triptych.observe.metrics import transport_info
 from triptych.transfer.region import BaseRegion, Region
 from triptych.transfer.transports.base import Transport
 from triptych.transfer.transports.http import HttpTransport
 from triptych.transfer.transports.mooncake import MooncakeTransport, has_nvlink
 from triptych.transfer.transports.shm import ShmTransport
+from triptych.transfer.transports.shm_device import StagedTransport
 
 
 def open_transports(
@@ -18,8 +18,8 @@ def open_transports(
     """Those of ``_choose``, each shown in the metrics. Raises ConfigError."""
     transports = _choose(name, region, url=url, host=host)
     for kind, transport in transports.items():
-        protocol = transport.protocol if isinstance(transport, MooncakeTransport) else ""
-        transport_info.labels(kind, protocol).set(1)
+        named = isinstance(transport, MooncakeTransport | StagedTransport)
+        transport_info.labels(kind, transport.protocol if named else "").set(1)
     return transports
 
 
@@ -35,20 +35,17 @@ def _choose(
     if name == "mooncake":
         return {"mooncake": MooncakeTransport(region, host)}
     transports: dict[str, Transport] = {}
-    if isinstance(region, Region):
-        if name in ("auto", "shm"):
-            transports["shm"] = ShmTransport(region)
-    elif name == "shm":
-        raise ConfigError(
-            f"transport shm moves memory of the host, this worker's is on {region.device}: "
-            "mooncake (NVLink) and http move that"
-        )
-    elif name == "auto" and has_nvlink():
+    if name == "auto" and region.device.type == "cuda" and has_nvlink():
         mooncake = MooncakeTransport(region, host)
         if mooncake.protocol == "nvlink":
             transports["mooncake"] = mooncake
         else:
             mooncake.close()
+    if name in ("auto", "shm"):
+        if isinstance(region, Region):
+            transports["shm"] = ShmTransport(region)
+        else:
+            transports["shm"] = StagedTransport(region)
     if name in ("auto", "http"):
         transports["http"] = HttpTransport(region, url)
     return transports

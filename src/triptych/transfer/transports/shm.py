@@ -1,25 +1,18 @@
 """Same host, host memory: the producer's memfd is mapped by the consumer, reading is a memcpy.
 
-The descriptor is passed once, over a Unix socket; each side checks that the other runs as the same
-user. The socket's name is random and abstract: it is no file, so a killed process leaves nothing
-behind, and it is found by every container that shares the network of this one. The memfd is sealed
-(see ``region``), so a consumer can neither write to the mapping nor lose it.
+The descriptor is passed once, over a Unix socket (``host_socket``), to processes of the same user.
+The memfd is sealed (see ``region``), so a consumer can neither write to the mapping nor lose it.
+A peer whose region is a GPU's is read through ``shm_device``.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import logging
 import mmap
 import os
-import secrets
 import socket
-import struct
-import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 import torch
 
@@ -27,23 +20,22 @@ from triptych.config import Timeouts
 from triptych.errors import TransferFailed
 from triptych.transfer.region import Region
 from triptych.transfer.transports.base import (
+    Link,
     Peer,
     Read,
     TransportUnavailable,
     check_bounds,
     host_id,
 )
+from triptych.transfer.transports.host_socket import (
+    REGION_HEADER,
+    Server,
+    fetch_region,
+    send_memfd,
+)
+from triptych.transfer.transports.shm_device import STAGED, connect_staged
 from triptych.wire import TransportOffer
 
-logger = logging.getLogger(__name__)
-
-_HEADER = b"triptych-shm"
-_CREDENTIALS = struct.Struct("3i")
-"""pid, uid, gid (struct ucred)."""
-_SEND_S = 1.0
-"""A peer on the same host takes the descriptor at once or not at all."""
-_PAUSE_S = 0.1
-"""After the socket could not accept (no descriptors left), before it tries again."""
 _MAP_NORESERVE = 0x4000
 """linux/mman.h; Python 3.11 has no name for it. No swap is set aside for copies nobody makes."""
 _STEP = 64 << 20
@@ -55,25 +47,34 @@ class ShmTransport:
 
     def __init__(self, region: Region) -> None:
         self._region = region
-        self._server: _Server | None = None
+        self._server: Server | None = None
+        self._fd = -1
 
     def offer(self) -> TransportOffer:
         if self._server is None:
-            self._server = _Server(self._region)
+            self._fd = os.dup(self._region.fd)
+            self._server = Server("region", self._hand_out)
         return TransportOffer(self.kind, host_id(), self._server.name, nbytes=self._region.nbytes)
 
-    def connect(self, offer: TransportOffer, peer: Peer, timeouts: Timeouts) -> ShmLink:
+    def connect(self, offer: TransportOffer, peer: Peer, timeouts: Timeouts) -> Link:
         if offer.host != host_id():
             raise TransportUnavailable("the peer is on another host")
+        if offer.protocol == STAGED:
+            return connect_staged(offer, self._region, timeouts)
         try:
-            return ShmLink(_fetch(offer, timeouts.connect), offer.nbytes, self._region)
+            return ShmLink(fetch_region(offer, timeouts.connect), offer.nbytes, self._region)
         except (OSError, ValueError) as exc:
             raise TransportUnavailable(f"{offer.address}: {exc}") from exc
+
+    def _hand_out(self, peer: socket.socket) -> None:
+        with peer:
+            send_memfd(peer, REGION_HEADER, self._fd)
 
     def close(self) -> None:
         if self._server is not None:
             self._server.close()
             self._server = None
+            os.close(self._fd)
 
 
 class ShmLink:
@@ -113,75 +114,3 @@ class ShmLink:
         """Unmaps once no view is left: a peer that is gone must not live on as memory of this
         process."""
         self.memory = None
-
-
-class _Server:
-    """Hands the region's descriptor to every process of this user that asks; own thread."""
-
-    def __init__(self, region: Region) -> None:
-        self.name = f"@triptych-{secrets.token_hex(16)}"
-        self._fd = os.dup(region.fd)
-        self._closed = threading.Event()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(_abstract(self.name))
-        self._listener.listen(64)
-        self._thread = threading.Thread(target=self._serve, name="shm-offer", daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                peer, _ = self._listener.accept()
-            except OSError as exc:
-                if self._closed.wait(_PAUSE_S):
-                    return
-                logger.warning("the region is not handed out: %s", exc)
-                continue
-            with peer:
-                try:
-                    _check_user(peer)
-                    peer.settimeout(_SEND_S)
-                    socket.send_fds(peer, [_HEADER], [self._fd])
-                except OSError as exc:
-                    logger.warning("a peer did not get the region: %s", exc)
-
-    def close(self) -> None:
-        self._closed.set()
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
-        self._thread.join(_SEND_S + 1.0)
-        self._listener.close()
-        os.close(self._fd)
-
-
-def _abstract(name: str) -> str:
-    """The socket address that is written with an @."""
-    return f"\0{name[1:]}" if name.startswith("@") else name
-
-
-def _fetch(offer: TransportOffer, timeout_s: float) -> int:
-    """The peer's memfd. Raises OSError, or ValueError when it is not what was offered."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(timeout_s)
-        client.connect(_abstract(offer.address))
-        _check_user(client)
-        header, fds, _, _ = socket.recv_fds(client, len(_HEADER), 1, socket.MSG_CMSG_CLOEXEC)
-    try:
-        if header != _HEADER or len(fds) != 1:
-            raise ValueError("no region at this address")
-        size = os.fstat(fds[0]).st_size
-        seals = fcntl.fcntl(fds[0], fcntl.F_GET_SEALS)
-        if size != offer.nbytes or not seals & fcntl.F_SEAL_SHRINK:
-            raise ValueError(f"not the region offered: {size} bytes, seals {seals:#x}")
-        return fds.pop()
-    finally:
-        for fd in fds:
-            os.close(fd)
-
-
-def _check_user(peer: socket.socket) -> None:
-    """Raises PermissionError unless the other end runs as this user."""
-    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, uid, _ = _CREDENTIALS.unpack(credentials)
-    if uid != os.getuid():
-        raise PermissionError(f"the peer runs as user {uid}, this process as {os.getuid()}")
