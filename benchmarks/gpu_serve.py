@@ -62,6 +62,7 @@ ON_CPU = Arrangement("EPD", "http", "cpu")
 WHOLE = Arrangement("EPD", "http")
 SPLIT = (
     Arrangement("E/P/D", "mooncake"),
+    Arrangement("E/P/D", "shm"),
     Arrangement("E/P/D", "http"),
     Arrangement("E/PD", "auto"),
     Arrangement("EPD", "auto"),

@@ -1,7 +1,8 @@
-"""A producer process whose region is read through staging memory; host memory instead of a GPU's.
+"""A producer process whose region is read through staging memory.
 
-``python -m tests.staged_process NBYTES``: prints its offer, ends with its standard input. It fills
-its buffers slowly enough to be stopped or killed in the middle of a read.
+``python -m tests.staged_process NBYTES [DEVICE]``: prints its offer, ends with its standard input.
+By default its region is host memory in a GPU's place, and it fills its buffers slowly enough to be
+stopped or killed in the middle of a read.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import time
 import msgspec
 import torch
 
-from triptych.transfer.region import Region
+from triptych.transfer.device_region import open_region
 from triptych.transfer.transports import staging
 from triptych.transfer.transports.shm_device import StagedTransport
 from triptych.transfer.transports.staging import HostCopier, Layout
 
 LAYOUT = Layout(3, 64 << 10)
+"""Of the buffers for host memory."""
 FILL_S = 0.01
 """Of one buffer."""
 
@@ -34,12 +36,16 @@ def content(nbytes: int) -> torch.Tensor:
     return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
 
 
-def main(nbytes: int) -> None:
+def main(nbytes: int, device: torch.device) -> None:
     torch.set_num_threads(1)
-    staging.open_copier = lambda device: SlowCopier()
-    region = Region(nbytes, "n" * 32)
-    region.tensor(region.carve(nbytes), (nbytes,), torch.uint8).copy_(content(nbytes))
-    transport = StagedTransport(region, LAYOUT)
+    if device.type == "cpu":
+        staging.open_copier = lambda device: SlowCopier()
+    region = open_region(nbytes, "n" * 32, device)
+    memory = region.tensor(region.carve(nbytes), (nbytes,), torch.uint8)
+    memory.copy_(content(nbytes))
+    if memory.is_cuda:
+        torch.cuda.synchronize(device)
+    transport = StagedTransport(region, LAYOUT if device.type == "cpu" else staging.LAYOUT)
     sys.stdout.buffer.write(msgspec.json.encode(transport.offer()) + b"\n")
     sys.stdout.flush()
     sys.stdin.readline()
@@ -47,4 +53,4 @@ def main(nbytes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), torch.device(*sys.argv[2:] or ["cpu"]))

@@ -75,13 +75,13 @@ def check(url: str, reference: Reference) -> set[str]:
     return moved
 
 
-@pytest.mark.parametrize("transport", ["http", "mooncake", "auto"])
+@pytest.mark.parametrize("transport", ["http", "shm", "mooncake", "auto"])
 @pytest.mark.parametrize("chunk_tokens", [24, 512])
 def test_epd_apart(models, transport: TransportName, chunk_tokens: int) -> None:  # type: ignore[no-untyped-def]
     if transport == "mooncake" and not has_nvlink():
         pytest.skip("no Mooncake package with NVLink")
     folder, reference = models("qwen3_vl")
-    expected = {"mooncake" if has_nvlink() else "http"} if transport == "auto" else {transport}
+    expected = {"mooncake" if has_nvlink() else "shm"} if transport == "auto" else {transport}
     with Cluster(
         folder,
         transport=transport,

@@ -10,7 +10,7 @@ import torch
 
 from tests.conformance.test_transports import ServerThread
 from tests.transfer_rig import FAST
-from triptych.errors import ConfigError, TransferFailed
+from triptych.errors import TransferFailed
 from triptych.transfer.device_region import open_region
 from triptych.transfer.region import PAGE, BaseRegion
 from triptych.transfer.transports.base import Link, Peer, Read, TransportUnavailable, probe
@@ -22,11 +22,17 @@ AREA = 12 << 20
 TIMEOUT_S = 20.0
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
-PAIRS = [("http", CUDA, CUDA), ("http", CPU, CUDA), ("http", CUDA, CPU), ("nvlink", CUDA, CUDA)]
+OTHER = torch.device("cuda", 1)
+PAIRS = [
+    *(("http", CUDA, CUDA), ("http", CPU, CUDA), ("http", CUDA, CPU)),
+    *(("shm", CUDA, CUDA), ("shm", CPU, CUDA), ("shm", CUDA, CPU)),
+    *(("shm", CUDA, OTHER), ("shm", OTHER, CUDA), ("nvlink", CUDA, CUDA)),
+]
+"""How, from where, to where."""
 
 
 def name(pair: tuple[str, torch.device, torch.device]) -> str:
-    return f"{pair[0]}-{pair[1].type}-{pair[2].type}"
+    return f"{pair[0]}-{pair[1]}-{pair[2]}"
 
 
 class Pair:
@@ -39,7 +45,7 @@ class Pair:
     def put(self, data: bytes) -> None:
         memory = self.source.tensor(2 * PAGE, (len(data),), torch.uint8)
         memory.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        torch.cuda.synchronize()
+        complete(memory)
 
     def check(self, reads: list[Read]) -> None:
         """The target, zero before, has the pieces and nothing else."""
@@ -51,9 +57,30 @@ class Pair:
         assert self.target.read(2 * PAGE, AREA) == bytes(expected)
 
 
+def complete(memory: torch.Tensor) -> None:
+    """The host sees what was written there, as it must before anything is offered."""
+    if memory.is_cuda:
+        torch.cuda.synchronize(memory.device)
+
+
+def shm_pair(source: BaseRegion, target: BaseRegion) -> Iterator[Pair]:
+    producer, consumer = (
+        open_transports("shm", region, url="http://x:1", host="127.0.0.1")["shm"]
+        for region in (source, target)
+    )
+    link = consumer.connect(producer.offer(), Peer("http://x:1", "", ""), FAST)
+    yield Pair(source, target, link)
+    link.close()
+    link.close()
+    consumer.close()
+    producer.close()
+
+
 @pytest.fixture(params=PAIRS, ids=name)
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     kind, source_device, target_device = request.param
+    if OTHER in (source_device, target_device) and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
     target = open_region(AREA, "t" * 32, target_device)
     if kind == "http":
         server = ServerThread(source_device, AREA)
@@ -64,9 +91,12 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
         link.close()
         server.close()
         return
+    source = open_region(AREA, "s" * 32, source_device)
+    if kind == "shm":
+        yield from shm_pair(source, target)
+        return
     if not has_nvlink():
         pytest.skip("no Mooncake package with NVLink")
-    source = open_region(AREA, "s" * 32, source_device)
     producer, reader = (MooncakeTransport(region, "127.0.0.1") for region in (source, target))
     assert producer.protocol == reader.protocol == "nvlink"
     link = reader.connect(producer.offer(), Peer("http://x:1", "", ""), FAST)
@@ -123,24 +153,18 @@ def test_a_kernel_sees_what_was_read(pair: Pair) -> None:
     source = pair.source.tensor(2 * PAGE, (AREA // 4,), torch.int32)
     for value in range(100):
         source.fill_(value)
-        if source.is_cuda:
-            torch.cuda.current_stream().synchronize()
+        complete(source)
         pair.link.read([Read(2 * PAGE, 2 * PAGE, 1 << 20)], TIMEOUT_S)
         assert int((target[: 1 << 18] != value).sum()) == 0
 
 
-def test_auto_takes_nvlink_where_it_can_be_had() -> None:
+def test_auto_takes_nvlink_where_it_can_be_had_then_shared_memory() -> None:
     transports = open_transports(
         "auto", open_region(PAGE, "n", CUDA), url="http://x:1", host="127.0.0.1"
     )
-    assert list(transports) == (["mooncake", "http"] if has_nvlink() else ["http"])
+    assert list(transports) == [*(["mooncake"] if has_nvlink() else []), "shm", "http"]
     for transport in transports.values():
         transport.close()
-
-
-def test_shared_memory_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="shm moves memory of the host"):
-        open_transports("shm", open_region(PAGE, "n", CUDA), url="http://x:1", host="127.0.0.1")
 
 
 def test_nvlink_is_not_tried_on_another_host() -> None:
