@@ -149,17 +149,12 @@ class Staging:
         self._copier = open_copier(region.device)
         # Shared: page-locking a private mapping would lock copies of its pages. Writable on both
         # sides: not every driver page-locks a mapping that is for reading alone.
-        self._map = mmap.mmap(fd, layout.total, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        try:
-            self._copier.lock(self._address, layout.total)
-        except RuntimeError:
-            self._map.close()
-            raise
-        # By address, so that a view which is still referred to does not keep the mapping.
-        memory = (ctypes.c_uint8 * layout.total).from_address(self._address)
-        buffers = torch.frombuffer(memory, dtype=torch.uint8)
-        self._buffers: Sequence[torch.Tensor] = torch.split(buffers, layout.nbytes)
+        mapping = mmap.mmap(fd, layout.total, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        memory = torch.frombuffer(mapping, dtype=torch.uint8)
+        self._address = memory.data_ptr()
+        self._copier.lock(self._address, layout.total)
+        self._buffers: Sequence[torch.Tensor] = torch.split(memory, layout.nbytes)
+        """They hold the mapping, which goes with the last of them."""
         self._copies: list[Copies] = [_Done()] * layout.buffers
         """The last from or to each buffer."""
 
@@ -184,7 +179,7 @@ class Staging:
 
     def close(self) -> None:
         """Wait for the copies, unlock, unmap. Idempotent."""
-        if self._map.closed:
+        if not self._buffers:
             return
         try:
             self._copier.drain()
@@ -192,7 +187,6 @@ class Staging:
         except RuntimeError as exc:  # the device has failed: nothing moves there any more
             logger.warning("page-locked memory is not given back: %s", exc)
         self._buffers, self._copies = (), []
-        self._map.close()
 
     def _pair(
         self, buffer: int, ranges: Iterable[Range]
