@@ -1,20 +1,16 @@
-"""``shm`` for GPU memory, with host memory in its place: order of copies, ends, refusals."""
+"""``shm`` for GPU memory, with host memory in a GPU's place: order of copies, how reads end."""
 
 from __future__ import annotations
 
 import gc
 import os
-import queue
 import random
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -22,137 +18,21 @@ import pytest
 import torch
 
 from tests.staged_process import FILL_S, LAYOUT, content
+from tests.staged_rig import AT, PEER, SIZE, TIMEOUT_S, Rig, eventually, late_rig, whole
 from tests.transfer_rig import FAST
 from triptych.errors import TransferFailed
-from triptych.transfer.region import PAGE, Region
-from triptych.transfer.transports import host_socket, shm_device, staging
-from triptych.transfer.transports.base import Peer, Read, TransportUnavailable, probe
-from triptych.transfer.transports.host_socket import connect, receive_memfd
+from triptych.transfer.region import Region
+from triptych.transfer.transports.base import Read, TransportUnavailable, probe
 from triptych.transfer.transports.shm import ShmTransport
-from triptych.transfer.transports.shm_device import StagedLink, StagedTransport, cut
-from triptych.transfer.transports.staging import HostCopier, Layout, join_neighbours
-from triptych.transfer.transports.staging_server import ANSWER, HEADER, RANGE, REQUEST
+from triptych.transfer.transports.shm_device import cut
+from triptych.transfer.transports.staging import join_neighbours
 from triptych.wire import TransportOffer
-
-SIZE = 256 << 10
-AT = 2 * PAGE
-SMALL = Layout(3, 16 << 10)
-TIMEOUT_S = 10.0
-PEER = Peer("", "", "")
-
-
-class LateCopier:
-    """Like a GPU's stream: copies come some time after they were started, in their order."""
-
-    def __init__(self, log: list[str], delay_s: float) -> None:
-        self._draw = random.Random(7)
-        self._log, self._delay_s = log, delay_s
-        self._queue: queue.SimpleQueue[tuple[object, ...] | None] = queue.SimpleQueue()
-        self._done = [threading.Event()]
-        self._done[0].set()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        self.locked: list[int] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.fails = False
-
-    def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
-            number, targets, sources, done = job
-            time.sleep(self._draw.random() * self._delay_s)
-            self.gate.wait(TIMEOUT_S)
-            torch._foreach_copy_(targets, sources)
-            self._log.append(f"done {number}")
-            done.set()  # type: ignore[attr-defined]
-
-    def lock(self, address: int, nbytes: int) -> None:
-        self.locked.append(address)
-
-    def unlock(self, address: int) -> None:
-        self.locked.remove(address)
-        self._queue.put(None)
-
-    def start(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> staging.Copies:
-        if self.fails:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        done = threading.Event()
-        number = len(self._done)
-        self._done.append(done)
-        self._log.append(f"start {number}")
-        self._queue.put((number, targets, sources, done))
-        return Wait(done)
-
-    @property
-    def started(self) -> int:
-        return len(self._done) - 1
-
-    def drain(self) -> None:
-        assert self._done[-1].wait(TIMEOUT_S)
-
-
-@dataclass
-class Wait:
-    done: threading.Event
-
-    def synchronize(self) -> None:
-        assert self.done.wait(TIMEOUT_S)
-
-
-@dataclass
-class Rig:
-    source: Region
-    target: Region
-    producer: StagedTransport
-    consumer: StagedTransport
-    copiers: list[LateCopier] = field(default_factory=list)
-    """One for each side of each link."""
-    log: list[str] = field(default_factory=list)
-
-    def connect(self) -> StagedLink:
-        link = self.consumer.connect(self.producer.offer(), PEER, FAST)
-        assert isinstance(link, StagedLink)
-        return link
-
-    def check(self, reads: list[Read]) -> None:
-        expected = bytearray(SIZE)
-        for remote, local, nbytes in reads:
-            local -= AT
-            expected[local : local + nbytes] = self.source.view(remote, nbytes)
-        assert bytes(self.target.view(AT, SIZE)) == bytes(expected)
 
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    subject = make_rig()
-
-    def open_copier(device: torch.device) -> LateCopier:
-        subject.copiers.append(LateCopier(subject.log, delay_s=0.003))
-        return subject.copiers[-1]
-
-    monkeypatch.setattr(staging, "open_copier", open_copier)
-    yield subject
-    for copier in subject.copiers:
-        copier.gate.set()
-    subject.producer.close()
-    assert [copier.locked for copier in subject.copiers] == [[]] * len(subject.copiers)
-
-
-def make_rig() -> Rig:
-    source, target = Region(SIZE, "s" * 32), Region(SIZE, "t" * 32)
-    source.view(AT, SIZE)[:] = random.Random(1).randbytes(SIZE)
-    return Rig(source, target, StagedTransport(source, SMALL), StagedTransport(target, SMALL))
-
-
-def whole() -> list[Read]:
-    return [Read(AT, AT, SIZE)]
-
-
-def eventually(condition, timeout_s: float = 5.0) -> None:  # type: ignore[no-untyped-def]
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+    with late_rig(monkeypatch) as subject:
+        yield subject
 
 
 # ---------------------------------------------------------------------- what is copied
@@ -347,106 +227,6 @@ def test_killed_and_stopped_in_the_middle_of_a_read(
         transport.connect(offer, PEER, FAST)
     link.close()
     transport.close()
-
-
-# ---------------------------------------------------------------------- who is refused
-
-
-def asking(rig: Rig) -> socket.socket:
-    """A raw consumer, with its buffers."""
-    client = connect(rig.producer.offer().address, TIMEOUT_S)
-    _, fd = receive_memfd(client, HEADER.size)
-    os.close(fd)
-    return client
-
-
-@pytest.mark.parametrize(
-    "request_",
-    [
-        REQUEST.pack(1, 0) + RANGE.pack(AT + SIZE, 1),
-        REQUEST.pack(1, 0) + RANGE.pack(1 << 63, 1),
-        REQUEST.pack(1, 0) + RANGE.pack(AT, 64) + RANGE.pack(AT, SIZE + 1),
-        REQUEST.pack(1, 0) + RANGE.pack(AT, SMALL.nbytes + 1),
-        REQUEST.pack(1, 0) + RANGE.pack(AT, 0),
-        REQUEST.pack(1, SMALL.buffers) + RANGE.pack(AT, 1),
-        REQUEST.pack(1, 0),
-        b"?",
-        struct.pack("<QIQ", 1, 0, AT),
-    ],
-)
-def test_a_request_for_what_cannot_be_had_ends_the_link(rig: Rig, request_: bytes) -> None:
-    with asking(rig) as client:
-        client.send(request_)
-        assert client.recv(ANSWER.size) == b""
-        assert not any(line.startswith("start") for line in rig.log)
-    link = rig.connect()
-    link.read(whole(), TIMEOUT_S)  # others are served on
-    rig.check(whole())
-    link.close()
-
-
-def test_a_consumer_that_takes_no_answers_is_given_up(rig: Rig) -> None:
-    with asking(rig) as client, pytest.raises(OSError, match="Broken pipe|reset"):
-        while True:
-            client.send(REQUEST.pack(1, 0) + RANGE.pack(AT, 1))
-
-
-def test_another_user_is_refused_by_both_sides(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    offer = rig.producer.offer()
-    uid = os.getuid()
-    monkeypatch.setattr(host_socket.os, "getuid", lambda: uid + 1)
-    with pytest.raises(TransportUnavailable, match="runs as user"):
-        rig.consumer.connect(offer, PEER, FAST)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
-        client.settimeout(TIMEOUT_S)
-        client.connect(f"\0{offer.address[1:]}")
-        assert client.recv(64) == b""
-    assert not rig.copiers
-
-
-def test_pairs_that_cannot_work_are_refused_by_name(rig: Rig) -> None:
-    offer = rig.producer.offer()
-    replace = msgspec.structs.replace
-    for changed, reason in [
-        (replace(offer, host="elsewhere"), "another host"),
-        (replace(offer, protocol="rings"), "'rings'"),
-        (replace(offer, nbytes=offer.nbytes + PAGE), "not the region offered"),
-        (replace(offer, protocol=""), "hands out no memory|not the region offered"),
-        (replace(offer, address="@nobody"), "refused"),
-    ]:
-        with pytest.raises(TransportUnavailable, match=reason):
-            rig.consumer.connect(changed, PEER, FAST)
-
-
-@pytest.mark.parametrize("side", [0, 1])
-def test_memory_that_cannot_be_page_locked_is_a_refusal(
-    side: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rig = make_rig()
-
-    class Unlockable(HostCopier):
-        def lock(self, address: int, nbytes: int) -> None:
-            raise RuntimeError("out of memory (2)")
-
-    copiers: list[HostCopier] = []
-
-    def open_copier(device: torch.device) -> HostCopier:
-        copiers.append(Unlockable() if len(copiers) == side else HostCopier())
-        return copiers[-1]
-
-    monkeypatch.setattr(staging, "open_copier", open_copier)
-    with pytest.raises(TransportUnavailable, match=["hands out no memory", "out of memory"][side]):
-        rig.connect()
-    rig.connect().close()
-    rig.producer.close()
-
-
-def test_buffers_beyond_reason_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    rig = make_rig()
-    monkeypatch.setattr(shm_device, "_MOST", SMALL.total - 1)
-    with pytest.raises(TransportUnavailable, match="cannot be used"):
-        rig.connect()
-    rig.producer.close()
 
 
 # ---------------------------------------------------------------------- what is left
