@@ -20,6 +20,7 @@ from triptych.transfer.transports import mooncake
 from triptych.transfer.transports.base import Peer, Read, TransportUnavailable
 from triptych.transfer.transports.choice import open_transports
 from triptych.transfer.transports.mooncake import MooncakeTransport, has_nvlink
+from triptych.transfer.transports.shm_device import StagedTransport
 
 PEER = Peer("http://x:1", "", "")
 CUDA = torch.device("cuda", 0)
@@ -161,17 +162,18 @@ def test_a_package_without_cuda_is_a_clear_error(
     with pytest.raises(ConfigError, match="mooncake-cuda"):
         MooncakeTransport(region(), "127.0.0.1")
     assert not has_nvlink()
-    assert kinds("auto") == ["http"]
+    assert kinds("auto") == ["shm", "http"]
 
 
 def test_transports_of_device_memory(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # The stand-in is host memory and would be taken for it.
     monkeypatch.setattr("triptych.transfer.transports.choice.Region", type("Other", (), {}))
-    assert kinds("auto") == ["mooncake", "http"]
+    assert kinds("auto") == ["mooncake", "shm", "http"]
     assert kinds("http") == ["http"]
     assert kinds("mooncake") == ["mooncake"]
-    with pytest.raises(ConfigError, match="shm moves memory of the host"):
-        kinds("shm")
+    shm = open_transports("shm", region(), url="http://127.0.0.1:1", host="127.0.0.1")
+    assert list(shm) == ["shm"]
+    assert isinstance(shm["shm"], StagedTransport)
 
 
 def test_auto_does_not_take_an_unauthenticated_protocol(
@@ -179,7 +181,7 @@ def test_auto_does_not_take_an_unauthenticated_protocol(
 ) -> None:
     monkeypatch.setattr("triptych.transfer.transports.choice.Region", type("Other", (), {}))
     os.environ["MC_FORCE_TCP"] = "1"
-    assert kinds("auto") == ["http"]
+    assert kinds("auto") == ["shm", "http"]
 
 
 def test_the_protocol_in_effect_is_a_metric(package: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +202,10 @@ def test_the_protocol_in_effect_is_a_metric(package: Any, monkeypatch: pytest.Mo
     assert kinds("mooncake") == ["mooncake"]
     assert (shown("nvlink"), shown("tcp")) == (None, 1)
     transport_info.clear()
-    assert kinds("auto") == ["http"]  # one that was looked at and left out is not shown
+    assert kinds("auto") == ["shm", "http"]  # one that was looked at and left out is not shown
     assert (shown("nvlink"), shown("tcp")) == (None, None)
-    labels = {"transport": "http", "protocol": ""}
-    assert REGISTRY.get_sample_value("triptych_transport_info", labels) == 1
+    for labels in (
+        {"transport": "http", "protocol": ""},
+        {"transport": "shm", "protocol": "staged"},
+    ):
+        assert REGISTRY.get_sample_value("triptych_transport_info", labels) == 1

@@ -2,18 +2,14 @@ from __future__ import annotations
 
 import os
 import sys
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 
 from triptych.config import TransportName
 from triptych.errors import ConfigError
 from triptych.transfer.region import PAGE, Region
-from triptych.transfer.transports import choice, mooncake
+from triptych.transfer.transports import mooncake
 from triptych.transfer.transports.choice import open_transports
-from triptych.transfer.transports.shm_device import StagedTransport
 
 
 def kinds(name: TransportName) -> list[str]:
@@ -29,25 +25,6 @@ def kinds(name: TransportName) -> list[str]:
 
 def test_auto_prefers_shared_memory_and_leaves_out_what_is_not_authenticated() -> None:
     assert kinds("auto") == ["shm", "http"]
-
-
-@pytest.mark.parametrize("protocol", ["nvlink", "tcp", None])
-def test_on_a_gpu_shared_memory_comes_after_nvlink(
-    protocol: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Engine:
-        def __init__(self, region: object, host: str) -> None:
-            self.protocol = protocol
-
-        def close(self) -> None: ...
-
-    monkeypatch.setattr(choice, "has_nvlink", lambda: protocol is not None)
-    monkeypatch.setattr(choice, "MooncakeTransport", Engine)
-    region: Any = SimpleNamespace(device=torch.device("cuda", 1))  # nobody looks into it yet
-    transports = open_transports("auto", region, url="http://127.0.0.1:1", host="127.0.0.1")
-    assert list(transports) == [*(["mooncake"] if protocol == "nvlink" else []), "shm", "http"]
-    assert isinstance(transports["shm"], StagedTransport)
-    assert list(open_transports("shm", region, url="", host="")) == ["shm"]
 
 
 @pytest.mark.parametrize("name", ["shm", "http", "mooncake"])

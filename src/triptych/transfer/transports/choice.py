@@ -18,8 +18,10 @@ def open_transports(
     """Those of ``_choose``, each shown in the metrics. Raises ConfigError."""
     transports = _choose(name, region, url=url, host=host)
     for kind, transport in transports.items():
-        named = isinstance(transport, MooncakeTransport | StagedTransport)
-        transport_info.labels(kind, transport.protocol if named else "").set(1)
+        protocol = ""
+        if isinstance(transport, MooncakeTransport | StagedTransport):
+            protocol = transport.protocol
+        transport_info.labels(kind, protocol).set(1)
     return transports
 
 
