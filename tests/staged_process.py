@@ -20,7 +20,7 @@ from triptych.transfer.transports.staging import HostCopier, Layout
 
 LAYOUT = Layout(3, 64 << 10)
 """Of the buffers for host memory."""
-FILL_S = 0.01
+FILL_S = 0.03
 """Of one buffer."""
 
 

@@ -111,7 +111,7 @@ def test_a_producer_that_does_not_answer_is_waited_for_until_the_timeout(rig: Ri
     start = time.monotonic()
     with pytest.raises(TransferFailed, match=r"not read within 0\.3 s") as caught:
         link.read(whole(), 0.3)
-    assert 0.3 <= time.monotonic() - start < 1.0
+    assert 0.3 <= time.monotonic() - start < 5.0
     assert caught.value.quarantine_s == 0
     rig.source.view(AT, SIZE)[:] = random.Random(2).randbytes(SIZE)
     theirs.gate.set()
@@ -150,7 +150,7 @@ def test_abort_ends_a_read_that_waits(rig: Rig) -> None:
     start = time.monotonic()
     link.abort()
     reading.join(TIMEOUT_S)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 5.0
     assert "the peer is lost" in failures[0].message
     assert failures[0].quarantine_s == 0
     with pytest.raises(TransferFailed, match="lost"):
@@ -211,7 +211,7 @@ def test_killed_and_stopped_in_the_middle_of_a_read(
     start = time.monotonic()
     with pytest.raises(TransferFailed, match="not read within 1 s") as caught:
         link.read(reads, 1.0)
-    assert time.monotonic() - start < 2.0
+    assert time.monotonic() - start < 5.0
     assert caught.value.quarantine_s == 0
     child.send_signal(signal.SIGCONT)
     link.read(reads, TIMEOUT_S)
@@ -221,7 +221,7 @@ def test_killed_and_stopped_in_the_middle_of_a_read(
     start = time.monotonic()
     with pytest.raises(TransferFailed, match="the peer is lost") as caught:
         link.read(reads, TIMEOUT_S)
-    assert time.monotonic() - start < 2.0
+    assert time.monotonic() - start < 5.0
     assert caught.value.quarantine_s == 0
     with pytest.raises(TransportUnavailable):
         transport.connect(offer, PEER, FAST)
