@@ -92,8 +92,29 @@ VOCABULARY = 2048
 CORPUS_SAMPLES = 2000
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every word of the questions is one token and every digit is one."""
+def make_tokenizer(saved: str = "") -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which every word of the questions is one token and every digit is one.
+
+    ``saved``: the pieces of an earlier one, as ``pieces`` gave them; else they are found anew.
+    """
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(saved) if saved else _train_pieces(),
+        eos_token=END,
+        pad_token=PAD,
+        extra_special_tokens=QWEN_SPECIAL,
+        model_max_length=TEXT["max_position_embeddings"],
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [START]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def pieces(tokenizer: PreTrainedTokenizerFast) -> str:
+    """All of the tokenizer that was learned, as JSON."""
+    return str(tokenizer.backend_tokenizer.to_str())
+
+
+def _train_pieces() -> Tokenizer:
     bpe = Tokenizer(BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -108,16 +129,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(_corpus(), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token=END,
-        pad_token=PAD,
-        extra_special_tokens=QWEN_SPECIAL,
-        model_max_length=TEXT["max_position_embeddings"],
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": [START]})
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    return bpe
 
 
 def _corpus() -> Iterator[str]:

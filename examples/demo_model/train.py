@@ -26,7 +26,7 @@ from torch import Tensor
 from batches import Encoder, Loader, make_chunk, sample_of
 from feed import Feed, join, to
 from network import Batch, Tables, answer_logits, loss
-from recipe import make_model, make_tokenizer, write_model
+from recipe import make_model, make_tokenizer, pieces, write_model
 from triptych.demo.tasks.samples import Split
 
 BETAS = (0.9, 0.98)
@@ -85,6 +85,8 @@ class State:
     step: int = 0
     trained_s: float = 0.0
     next_chunk: int = 0
+    pieces: str = ""
+    """Of the tokenizer, which must not change between runs though the questions may."""
     curve: list[dict[str, float]] = field(default_factory=list)
     runs: list[dict[str, Any]] = field(default_factory=list)
 
@@ -94,9 +96,10 @@ class Trainer:
         self.began = time.monotonic()
         self.settings = settings
         self.device = torch.device(settings.device)
-        self.tokenizer = make_tokenizer()
-        self.encoder = Encoder(self.tokenizer)
         self.state, tensors = _read(settings.checkpoint)
+        self.tokenizer = make_tokenizer(self.state.pieces)
+        self.state.pieces = pieces(self.tokenizer)
+        self.encoder = Encoder(self.tokenizer)
         # Forked before anything touches the device.
         self.loader = Loader(
             self.tokenizer, self.state.next_chunk, settings.sequences, settings.workers
@@ -282,7 +285,8 @@ class Trainer:
         self.model.to(self.device)
         self.parameters = dict(self.model.named_parameters())
         summary, table = self.scores("test", self.settings.test_chunks)
-        results = {"test": summary, "by_type": table, **vars(state)}
+        log = {key: value for key, value in vars(state).items() if key != "pieces"}
+        results = {"test": summary, "by_type": table, **log}
         (self.settings.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         print(json.dumps({"test": summary, "by_type": table}, indent=1), flush=True)
 

@@ -199,6 +199,7 @@ def test_a_run_goes_on_where_the_last_ended(trainer: Trainer, made: Made) -> Non
     other = Trainer(trainer.settings)
     other.loader.close()
     assert vars(other.state) == vars(trainer.state)
+    assert other.tokenizer.get_vocab() == made.tokenizer.get_vocab()
     for name, parameter in trainer.parameters.items():
         assert torch.equal(parameter, other.parameters[name])
         assert torch.allclose(trainer.average[name], other.average[name], atol=1e-3)
