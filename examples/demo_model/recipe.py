@@ -90,6 +90,8 @@ PIECES = Regex(" ?[A-Za-z]+| ?[0-9]|[^A-Za-z0-9]")
 VOCABULARY = 2048
 """Most pieces of the tokenizer; the words of the questions need fewer."""
 CORPUS_SAMPLES = 2000
+AIDS = ("describe", "describe one of several")
+"""Question types that are there to teach the vision tower: not in the two accuracies."""
 
 
 def make_tokenizer(saved: str = "") -> PreTrainedTokenizerFast:

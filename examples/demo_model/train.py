@@ -26,7 +26,7 @@ from torch import Tensor
 from batches import Encoder, Loader, make_chunk, sample_of
 from feed import Feed, join, to
 from network import Batch, Tables, answer_logits, loss
-from recipe import make_model, make_tokenizer, pieces, write_model
+from recipe import AIDS, make_model, make_tokenizer, pieces, write_model
 from triptych.demo.tasks.samples import Split
 
 BETAS = (0.9, 0.98)
@@ -39,8 +39,6 @@ AVERAGE = 0.998
 """Of the running average of the weights, which is what is tested and shipped, per step."""
 LOG_S = 10.0
 VALIDATION_CHUNKS = 4
-AIDS = ("describe", "describe one of several")
-"""Question types that are there to teach; not in the two accuracies."""
 
 
 KINDS = {"Path": Path, "float": float, "int": int, "str": str, "bool": bool}
