@@ -18,6 +18,7 @@ import uvloop
 from triptych import config as c
 from triptych import launch, single
 from triptych.errors import ConfigError, TriptychError, UnsupportedModel
+from triptych.eval.config import EvalConfig
 from triptych.observe import log
 
 
@@ -34,6 +35,7 @@ COMMANDS: dict[str, type[Any]] = {
     "language": c.LanguageConfig,
     "demo": c.DemoConfig,
     "bench": c.BenchConfig,
+    "eval": EvalConfig,
 }
 DESCRIPTION = "Serve vision-language models with Encode, Prefill and Decode apart."
 EXIT_CONFIG = 2
@@ -85,6 +87,9 @@ def run(config: Any) -> int:
             return int(importlib.import_module("triptych.bench.plot").run(config.what))
         bench = importlib.import_module("triptych.bench.transfer")
         return int(uvloop.run(bench.run(config.what)))
+    if isinstance(config, EvalConfig):
+        evaluation = importlib.import_module("triptych.eval.run")
+        return int(asyncio.run(evaluation.run(config)))
     if isinstance(config, c.ServeConfig):
         secrets = c.secrets_from_environment(make=True)
         if config.topology != "EPD":
