@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from recipe import AIDS
@@ -36,10 +37,15 @@ def asked(n: int) -> Iterator[tuple[Sample, Question]]:
             yield sample, questions[0]
 
 
-@torch.no_grad()
 def answer(model: Any, processor: Any, sample: Sample, question: Question) -> str:
-    images = [{"type": "image", "image": draw(scene)} for scene in sample.scenes]
-    message = {"role": "user", "content": [*images, {"type": "text", "text": question.text}]}
+    return generate(model, processor, [draw(scene) for scene in sample.scenes], question.text)
+
+
+@torch.no_grad()
+def generate(model: Any, processor: Any, images: list[Image.Image], question: str) -> str:
+    """The greedy answer, with nothing but Transformers."""
+    content = [{"type": "image", "image": image} for image in images]
+    message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
     inputs = processor.apply_chat_template(
         [message], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
     )

@@ -243,17 +243,18 @@ class ServeConfig:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """One request with several images, through E/P/D and through EPD, compared token by token."""
+    """Requests with several images, through E/P/D and through EPD, compared token by token."""
 
     images: tuple[Path, ...] = ()
     """Image files; by default four drawn pictures."""
-    prompt: str = "What is different between these pictures?"
+    prompt: str | None = None
+    """One question; by default two about the drawn pictures."""
     max_tokens: int = 32
     """Tokens of the answer."""
     model: str | None = None
-    """Local folder or hub name; by default a small model with random weights, made here."""
+    """Local folder or hub name; by default the small model that comes with the package."""
     folder: Path = Path(".demo")
-    """Where the small model and the logs go."""
+    """Where the logs go."""
     transport: TransportName = "auto"
     threads: int = 1
     """CPU threads of each process."""

@@ -135,7 +135,7 @@ async def test_an_answer_is_collected_as_it_comes(server: tuple[Server, Client])
     assert 0 < answer.first_token_s <= answer.total_s
     parts = small.asked["messages"][0]["content"]
     assert [part["type"] for part in parts] == ["image_url"] * 4 + ["text"]
-    assert parts[1]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    assert parts[1]["image_url"]["url"].startswith("data:image/webp;base64,")
     assert small.asked["temperature"] == 0
     assert small.asked["stream"] is small.asked["logprobs"] is True
     assert await client.timeline("r1") == [span("read")]

@@ -1,13 +1,23 @@
-"""Four small pictures, the same on every machine, of different sizes and formats."""
+"""Four small pictures, the same on every machine, of different sizes and formats, with questions.
+
+They are of the kind that the small model was trained on, but not among those.
+"""
 
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw
+from triptych.demo.tasks.drawing import draw
+from triptych.demo.tasks.scenes import COLOURS, RADIUS, Bar, Object, Rgb, Scene, Size, Text
+
+QUESTIONS = {
+    "How many pictures show a heart?": "2",
+    "Describe what you see in picture 4.": "big yellow ring, small pink heart, big orange heart",
+}
+"""About the pictures of ``draw_pictures``, with the right answers."""
+
+WHITE, CREAM, BLUE, NIGHT = (250, 250, 250), (250, 241, 218), (216, 230, 244), (34, 36, 44)
 
 
 @dataclass(frozen=True)
@@ -20,58 +30,48 @@ class Picture:
 
 
 def draw_pictures() -> list[Picture]:
-    """Sunset, chessboard, spiral and hills. Deterministic."""
-    drawn: list[tuple[str, str, tuple[int, int], Callable[[Image.Image], None]]] = [
-        ("sunset", "png", (224, 168), _sunset),
-        ("chessboard", "jpeg", (196, 196), _chessboard),
-        ("spiral", "webp", (168, 252), _spiral),
-        ("hills", "png", (280, 140), _hills),
-    ]
+    """Shapes, a chart, a number and more shapes. Deterministic."""
+    scenes = {
+        "shapes.png": _shapes(
+            (160, 112),
+            WHITE,
+            [
+                ("heart", "red", "big", 34, 36),
+                ("circle", "blue", "small", 88, 30),
+                ("star", "green", "big", 126, 80),
+            ],
+        ),
+        "chart.webp": Scene(176, 96, BLUE, bars=_bars(("orange", 2), ("purple", 5), ("green", 3))),
+        "number.jpeg": Scene(
+            128, 96, CREAM, text=Text("number", "47", "blue", 38, 26, 40, COLOURS["blue"])
+        ),
+        "more.png": _shapes(
+            (112, 140),
+            NIGHT,
+            [
+                ("ring", "yellow", "big", 30, 34),
+                ("heart", "pink", "small", 84, 28),
+                ("heart", "orange", "big", 82, 104),
+            ],
+        ),
+    }
     pictures = []
-    for name, kind, size, draw in drawn:
-        image = Image.new("RGB", size, "white")
-        draw(image)
-        file = io.BytesIO()
-        image.save(file, format=kind, quality=90)
-        pictures.append(Picture(f"{name}.{kind}", f"image/{kind}", file.getvalue()))
+    for name, scene in scenes.items():
+        kind, file = name.rsplit(".", 1)[1], io.BytesIO()
+        draw(scene).save(file, format=kind, quality=95)
+        pictures.append(Picture(name, f"image/{kind}", file.getvalue()))
     return pictures
 
 
-def _sunset(image: Image.Image) -> None:
-    pen = ImageDraw.Draw(image)
-    for y in range(image.height):
-        part = y / image.height
-        pen.line((0, y, image.width, y), (255, int(190 * (1 - part)) + 40, int(160 * part) + 40))
-    x, y = image.width // 2, image.height // 2
-    pen.ellipse((x - 36, y - 36, x + 36, y + 36), (255, 236, 150))
-    pen.rectangle((0, y + 20, image.width, image.height), (52, 34, 96))
+def _shapes(
+    size: tuple[int, int], ground: Rgb, drawn: list[tuple[str, str, Size, int, int]]
+) -> Scene:
+    objects = tuple(
+        Object(shape, colour, big, x, y, RADIUS[big][1], COLOURS[colour])
+        for shape, colour, big, x, y in drawn
+    )
+    return Scene(*size, ground, objects=objects)
 
 
-def _chessboard(image: Image.Image) -> None:
-    pen, side = ImageDraw.Draw(image), image.width / 8
-    for row in range(8):
-        for column in range(8):
-            if (row + column) % 2:
-                x, y = column * side, row * side
-                pen.rectangle((x, y, x + side - 1, y + side - 1), (38, 70, 83))
-
-
-def _spiral(image: Image.Image) -> None:
-    pen = ImageDraw.Draw(image)
-    x, y = image.width / 2, image.height / 2
-    points = [
-        (x + step * 0.19 * math.cos(step / 14), y + step * 0.27 * math.sin(step / 14))
-        for step in range(420)
-    ]
-    pen.line(points, (200, 30, 60), width=5)
-
-
-def _hills(image: Image.Image) -> None:
-    pen = ImageDraw.Draw(image)
-    pen.rectangle((0, 0, image.width, image.height), (142, 202, 230))
-    for layer, colour in enumerate([(168, 218, 181), (94, 168, 110), (38, 110, 70)]):
-        ridge = [
-            (x, 60 + 24 * layer + 14 * math.sin(x / (30 - 5 * layer) + 2 * layer))
-            for x in range(image.width + 1)
-        ]
-        pen.polygon([*ridge, (image.width, image.height), (0, image.height)], colour)
+def _bars(*bars: tuple[str, int]) -> tuple[Bar, ...]:
+    return tuple(Bar(colour, value, COLOURS[colour]) for colour, value in bars)

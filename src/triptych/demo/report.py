@@ -91,8 +91,9 @@ def verdict(one: Answer, other: Answer) -> tuple[bool, str]:
         return False, "NOT EQUAL: there is no token to compare"
     if (one.text, one.finish) != (other.text, other.finish):
         return False, "NOT EQUAL: the tokens agree, but the text or the reason for its end does not"
+    told = f"all {len(pairs)} tokens" if len(pairs) > 1 else "the only token"
     gap = max(abs(a.logprob - b.logprob) for a, b in pairs)
     return True, (
-        f"EQUAL: all {len(pairs)} tokens of E/P/D and of EPD are the same "
+        f"EQUAL: {told} of E/P/D and of EPD {'are' if len(pairs) > 1 else 'is'} the same "
         f"(log-probabilities differ by at most {gap:.1e})"
     )

@@ -1,16 +1,13 @@
-"""The demo: a request with several images through E/P/D, what happened to it, and EPD's answer.
+"""The demo: requests with several images through E/P/D, what happened to them, and EPD's answers.
 
 Everything goes through the same launcher, sockets and API that ``triptych serve`` users have.
 """
 
 from __future__ import annotations
 
-import asyncio
 import mimetypes
-import shutil
 import sys
 import time
-from asyncio.subprocess import STDOUT
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -26,13 +23,16 @@ from triptych.config import (
     secrets_from_environment,
 )
 from triptych.demo.client import Answer, Client, request_body
-from triptych.demo.pictures import Picture, draw_pictures
+from triptych.demo.pictures import QUESTIONS, Picture, draw_pictures
 from triptych.demo.report import timeline_table, verdict
 from triptych.errors import ConfigError, TriptychError
 from triptych.launch import Children
 
 STEPS = 6
-FAMILY = "qwen3_vl"
+MODEL = Path(__file__).parent / "model"
+"""The model that comes with the package: examples/demo_model/README.md says how it was made."""
+ANYTHING = "Describe what you see in picture 1."
+"""What is asked about the caller's own pictures, unless he says."""
 PLAIN_WIDTH = 120
 """Columns of the output where it goes to a file."""
 
@@ -43,6 +43,7 @@ class Demo:
     def __init__(self, config: DemoConfig, console: Console) -> None:
         self.config = config
         self.console = console
+        self.prompts = prompts(config)
         self._begin = time.monotonic()
         self._secrets = secrets_from_environment(make=True)
 
@@ -53,49 +54,34 @@ class Demo:
         for picture in pictures:
             self.say(f"{picture.name}: {len(picture.data):,} bytes")
         self.step(2, "model")
-        model = self.config.model or str(await self.small_model())
+        model = self.config.model or str(MODEL)
+        self.say(model)
         self.step(3, "E/P/D: router, two encoders, prefill and decode, five processes")
         async with self.serving("E/P/D", model) as children:
             await children.ready()
-            self.step(4, f"one request with {len(pictures)} images, streamed")
-            split = await self.ask(children.url, pictures, timeline=True)
-        self.step(5, "the same request on EPD: everything in one process")
+            n = len(pictures)
+            self.step(4, f"{self.asking} with {n} images each, streamed")
+            split = await self.ask_all(children.url, pictures, timeline=True)
+        self.step(5, f"the same {self.asking} on EPD: all in one process")
         async with self.serving("EPD", model) as children:
             await children.ready()
-            whole = await self.ask(children.url, pictures, timeline=False)
-        self.step(6, "the two answers, token by token")
-        equal, line = verdict(split, whole)
-        self.console.print(line, style="bold green" if equal else "bold red", soft_wrap=True)
-        return equal
+            whole = await self.ask_all(children.url, pictures, timeline=False)
+        self.step(6, "the answers, token by token")
+        verdicts = [verdict(one, other) for one, other in zip(split, whole, strict=True)]
+        for equal, line in verdicts:
+            self.console.print(line, style="bold green" if equal else "bold red", soft_wrap=True)
+        return all(equal for equal, _ in verdicts)
 
     def step(self, number: int, title: str) -> None:
         self.console.print(f"\n[{number}/{STEPS}] {title}", style="bold")
 
+    @property
+    def asking(self) -> str:
+        n = len(self.prompts)
+        return "one request" if n == 1 else f"{n} requests"
+
     def say(self, text: str) -> None:
         self.console.print(f"  {time.monotonic() - self._begin:5.1f} s  {text}", soft_wrap=True)
-
-    async def small_model(self) -> Path:
-        """The folder of the small model with random weights; made now if it is not there."""
-        folder = self.config.folder / "model"
-        if folder.exists():
-            self.say(f"{folder} is there")
-            return folder
-        self.say(f"making {folder}: a {FAMILY} model with random weights")
-        unfinished = self.config.folder / "model.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        log = self.config.folder / "model.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as out:
-            maker = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "triptych.demo.tiny", str(unfinished), "--family", FAMILY),
-                stdout=out,
-                stderr=STDOUT,
-            )
-            status = await maker.wait()
-        if status:
-            raise ConfigError(f"{folder} could not be made (exit status {status}): see {log}")
-        unfinished.rename(folder)
-        return folder
 
     def serving(
         self, topology: Literal["E/P/D", "EPD"], model: str
@@ -111,29 +97,45 @@ class Demo:
         )
         return Children(config, self._secrets, self.say)
 
-    async def ask(self, url: str, pictures: Sequence[Picture], *, timeline: bool) -> Answer:
+    async def ask_all(
+        self, url: str, pictures: Sequence[Picture], *, timeline: bool
+    ) -> list[Answer]:
+        """The answer to each question; with ``timeline``, what happened to the first request."""
+        answers = []
         async with Client(url, self._secrets.api_key) as client:
-            body = request_body(
-                await client.model(), self.config.prompt, pictures, self.config.max_tokens
-            )
-            self.say(f"ready; asking: {self.config.prompt}\n")
-            answer = await client.ask(body, self._show)
-            self.console.print("\n")
-            usage = answer.usage
-            self.say(
-                f"{usage.get('prompt_tokens')} prompt tokens, {len(answer.tokens)} new tokens; "
-                f"first token after {answer.first_token_s * 1e3:.0f} ms, "
-                f"all after {answer.total_s * 1e3:.0f} ms"
-            )
-            if timeline:
-                spans = await client.timeline(answer.request_id)
-                names = [picture.name for picture in pictures]
-                self.console.print("\n  What happened, in ms since the request arrived:\n")
-                self.console.print(timeline_table(spans, names))
-        return answer
+            model = await client.model()
+            for prompt in self.prompts:
+                body = request_body(model, prompt, pictures, self.config.max_tokens)
+                self.say(f"asking: {prompt}\n")
+                answers.append(await client.ask(body, self._show))
+                self._tell(answers[-1], prompt)
+                if timeline and len(answers) == 1:
+                    spans = await client.timeline(answers[0].request_id)
+                    names = [picture.name for picture in pictures]
+                    self.console.print("\n  What happened, in ms since the request arrived:\n")
+                    self.console.print(timeline_table(spans, names))
+        return answers
+
+    def _tell(self, answer: Answer, prompt: str) -> None:
+        self.console.print("\n")
+        usage = answer.usage
+        self.say(
+            f"{usage.get('prompt_tokens')} prompt tokens, {len(answer.tokens)} new tokens; "
+            f"first token after {answer.first_token_s * 1e3:.0f} ms, "
+            f"all after {answer.total_s * 1e3:.0f} ms"
+        )
+        if not self.config.images and prompt in QUESTIONS:
+            self.say(f"the right answer: {QUESTIONS[prompt]}")
 
     def _show(self, piece: str) -> None:
         self.console.print(piece, end="", style="cyan", soft_wrap=True)
+
+
+def prompts(config: DemoConfig) -> list[str]:
+    """The caller's words, or questions that suit the pictures."""
+    if config.prompt is not None:
+        return [config.prompt]
+    return [ANYTHING] if config.images else list(QUESTIONS)
 
 
 def load(paths: Sequence[Path]) -> list[Picture]:
