@@ -7,12 +7,12 @@ export PROMPT MODEL
 .PHONY: help setup demo check test test-all bench clean
 
 help:
-	@echo 'make demo       one request with four images through E/P/D, compared with EPD'
+	@echo 'make demo       two questions about four pictures through E/P/D, compared with EPD'
 	@echo '                IMAGES="a.jpg b.png" PROMPT="..." MODEL=folder-or-hub-name use your own'
 	@echo 'make check      ruff, mypy --strict, import-linter, sizes'
 	@echo 'make test       the tests; make test-all adds the full matrices'
 	@echo 'make bench      what an idle role, /encode and the router cost'
-	@echo 'make clean      remove the environment, the demo model and caches'
+	@echo 'make clean      remove the environment, logs and caches'
 
 setup:
 	@scripts/setup

@@ -72,6 +72,8 @@ async def run(config: EvalConfig) -> int:
     results = []
     for url in [config.url, *([config.compare] if config.compare else [])]:
         results.append(await _ask_and_score(url.rstrip("/"), items, config, console))
+    for result in results:
+        console.print(f"{result.url} serves {result.model}", soft_wrap=True)
     console.print(table(results))
     for result in results:
         errors = [each for each in result.scored if each.error]
@@ -126,7 +128,8 @@ def table(results: Sequence[Result]) -> Table:
     made.add_column("subfield", footer="all")
     made.add_column("questions", justify="right", footer=str(n))
     for result in results:
-        made.add_column(result.model, justify="right", footer=f"{result.right / n:.1%}")
+        where = result.url.split("://")[-1]
+        made.add_column(where, justify="right", footer=f"{result.right / n:.1%}")
     by_subfield = [result.by_subfield() for result in results]
     for subfield, (asked, _) in by_subfield[0].items():
         shares = [f"{found[subfield][1] / asked:.1%}" for found in by_subfield]
