@@ -25,6 +25,8 @@ from triptych.demo.tasks.samples import Question, Sample, make_sample
 from triptych.demo.tasks.scenes import COLOURS, SHAPES, WORDS
 from triptych.media.processor import Processor
 
+# The loader forks, as Python from 3.12 on warns: its processes touch no torch.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 CPU = torch.device("cpu")
 GROUP = batches.GROUP
 PICTURES = ("pixels", "grid")
