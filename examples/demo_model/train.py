@@ -274,7 +274,11 @@ class Trainer:
                 "torch": torch.__version__,
                 "steps": state.step,
                 "trained_s": round(state.trained_s, 1),
-                "settings": {key: str(value) for key, value in vars(self.settings).items()},
+                "settings": {
+                    key: value
+                    for key, value in vars(self.settings).items()
+                    if not isinstance(value, Path)
+                },
             }
         )
         self.save()
