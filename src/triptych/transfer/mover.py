@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 from triptych.errors import TransferFailed
@@ -37,19 +38,31 @@ class Mover:
         """
         if self._closed:
             raise TransferFailed("the transfer thread is closed")
+        loop = asyncio.get_running_loop()
         deadline = time.monotonic() + timeout_s
+        ended: asyncio.Future[None] = loop.create_future()
+        woken: asyncio.Future[None] = loop.create_future()
+        late = loop.call_later(timeout_s + grace_s, _set, woken)
+
+        def tell(_: Future[T]) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(_set, ended, woken)
+
+        # Nothing is left to do here once the job is submitted but to wait: a copy takes
+        # microseconds, and then its thread wants Python's lock back.
         queued = self._thread.submit(lambda: job(max(0.0, deadline - time.monotonic())))
-        waiting = asyncio.wrap_future(queued)
+        queued.add_done_callback(tell)
         try:
-            done, _ = await asyncio.wait({waiting}, timeout=timeout_s + grace_s)
+            await woken
         except asyncio.CancelledError:
-            await self._drain(queued, waiting, timeout_s + grace_s)
+            await self._drain(queued, ended, timeout_s + grace_s)
             raise
-        if done:
-            return waiting.result()
+        finally:
+            late.cancel()
+        if queued.done():
+            return queued.result()
         if queued.cancel():
             raise TransferFailed(f"the transfer thread was busy for {timeout_s:g} s")
-        waiting.add_done_callback(_retrieve)
         raise TransferFailed(
             f"a read did not come back within {timeout_s + grace_s:g} s",
             quarantine_s=STUCK_QUARANTINE_S,
@@ -65,19 +78,20 @@ class Mover:
         self._closed = True
         self._thread.shutdown(wait=False)
 
-    async def _drain(self, queued: Future[T], waiting: asyncio.Future[T], timeout_s: float) -> None:
+    async def _drain(
+        self, queued: Future[T], ended: asyncio.Future[None], timeout_s: float
+    ) -> None:
         """Wait until the job cannot write any more."""
         if queued.cancel():
             return
-        await _undisturbed(waiting, timeout_s)
-        if not waiting.done():
-            waiting.add_done_callback(_retrieve)
-            await _undisturbed(waiting, STUCK_QUARANTINE_S)
-        elif isinstance(failure := waiting.exception(), TransferFailed):
+        await _undisturbed(ended, timeout_s)
+        if not ended.done():
+            await _undisturbed(ended, STUCK_QUARANTINE_S)
+        elif isinstance(failure := queued.exception(), TransferFailed):
             await _undisturbed(asyncio.Future(), failure.quarantine_s)
 
 
-async def _undisturbed(future: asyncio.Future[T], timeout_s: float) -> None:
+async def _undisturbed(future: asyncio.Future[None], timeout_s: float) -> None:
     """Wait for the future or the time, whatever is cancelled meanwhile: the caller is already
     being cancelled and will say so."""
     end = time.monotonic() + timeout_s
@@ -88,7 +102,7 @@ async def _undisturbed(future: asyncio.Future[T], timeout_s: float) -> None:
             continue
 
 
-def _retrieve(future: asyncio.Future[T]) -> None:
-    """Nobody waits for this result any more."""
-    if not future.cancelled():
-        future.exception()
+def _set(*futures: asyncio.Future[None]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)

@@ -14,6 +14,7 @@ import logging
 import mmap
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 import torch
@@ -99,7 +100,12 @@ class CudaCopier:
     def lock(self, address: int, nbytes: int) -> None:
         with torch.cuda.device(self._device):
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            torch.cuda.check_error(runtime.cudaHostRegister(address, nbytes, 0))
+            try:
+                torch.cuda.check_error(runtime.cudaHostRegister(address, nbytes, 0))
+            except RuntimeError:
+                with suppress(RuntimeError):  # the runtime tells it once more, to the next kernel
+                    torch.ones(1, device=self._device)
+                raise
 
     def unlock(self, address: int) -> None:
         with torch.cuda.device(self._device):
