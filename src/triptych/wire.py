@@ -50,7 +50,7 @@ class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
     """Of embeddings and KV; "" for the router, which holds neither."""
     processor: str
-    """Image backend, "pil" or "torchvision" (their pixels differ); "" where none is used."""
+    """``Processor.backend`` (pixels of different ones differ); "" where none is used."""
 
 
 def mismatch(ours: ModelIdentity, theirs: ModelIdentity) -> str | None:

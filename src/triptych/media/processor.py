@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from PIL import Image
 from torch import Tensor
@@ -30,6 +31,7 @@ from triptych.config import ModelConfig
 from triptych.errors import BadMedia, UnsupportedModel
 from triptych.media.image import ImageHeader
 from triptych.media.placeholder import placeholder
+from triptych.models.stream import Stream
 
 Layout = tuple[dict[str, Any], tuple[int, int, int] | None, int]
 """What the processor class needs to know of an image, its grid, its patches."""
@@ -57,13 +59,19 @@ class Processor:
         source = {"pretrained_model_name_or_path": config.model, "revision": config.revision}
         self._config = AutoConfig.from_pretrained(**source)
         self._family: str = self._config.model_type
-        self.backend = "torchvision" if is_torchvision_available() else "pil"
-        """"pil" or "torchvision": their pixels differ by rounding."""
-        if self.backend == "torchvision":
+        if is_torchvision_available():
             self.hf = AutoProcessor.from_pretrained(**source)
         else:
             self.hf = _without_video(self._family, source)
         self._images = self.hf.image_processor
+        self.backend: str = self._images.backend
+        """"pil", "torchvision", or "torchvision on cuda": their pixels differ by rounding."""
+        self._device = torch.device("cpu")
+        if self.backend == "torchvision" and torch.device(config.device).type == "cuda":
+            self._device = torch.device(config.device)
+            self.backend = "torchvision on cuda"
+        self._stream = Stream(self._device)
+        """Of its own: neither the forwards wait for it nor it for them."""
         self.placeholder = placeholder(self._family, self.hf.tokenizer)
         """The marker that the chat template puts where an image goes."""
         self._check_marker()
@@ -105,20 +113,29 @@ class Processor:
     def preprocess(self, image: Image.Image, images_in_request: int) -> dict[str, Tensor]:
         """The model's vision inputs of one RGB image: ``pixel_values`` float32 and its sizes.
 
-        Raises BadMedia: a shape that the model's processor refuses.
+        Where the backend says so they are made, and stay, on the GPU; they are complete when this
+        returns. Raises BadMedia: a shape that the model's processor refuses.
         """
         images = [image]
         if self.context(images_in_request) == "among others":
             # The processor looks at how many images it is given; a second one makes it several.
             images = [image, Image.new("RGB", (1, 1))]
+        options = dict(self._options)
+        if self._device.type == "cuda":
+            options["device"] = self._device
         try:
-            inputs = self._images([images], return_tensors="pt", **self._options)
+            with self._stream.entered():
+                inputs = dict(self._images([images], return_tensors="pt", **options))
+                complete = self._stream.mark()
         except ValueError as exc:
             raise BadMedia(f"the model cannot take the image: {exc}") from exc
-        return self._model_inputs(dict(inputs), images_in_request)
+        complete()
+        return self._model_inputs(inputs, images_in_request)
 
     def _model_inputs(self, inputs: dict[str, Tensor], images_in_request: int) -> dict[str, Tensor]:
         inputs.pop("num_patches", None)  # InternVL: for the text only
+        # Grids and sizes are read on the host.
+        inputs = {k: v if v.is_floating_point() else v.cpu() for k, v in inputs.items()}
         if self._family == "llava_onevision":
             inputs = {name: value[:1] for name, value in inputs.items()}
             inputs["batch_num_images"] = inputs["batch_num_images"].new_tensor([images_in_request])

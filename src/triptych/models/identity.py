@@ -41,7 +41,7 @@ def resolve_dtype(config: ModelConfig, checkpoint: PreTrainedConfig) -> torch.dt
 
 
 def identity(config: ModelConfig, processor: str) -> ModelIdentity:
-    """``processor``: the image backend, "pil" or "torchvision". Reads no weights but samples."""
+    """``processor``: the image backend (``Processor.backend``). Reads no weights but samples."""
     checkpoint = read_config(config)
     digest = hashlib.sha256()
     for part in _parts(config, checkpoint):
