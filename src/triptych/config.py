@@ -172,6 +172,10 @@ class EncoderConfig:
     """Threads that decode and preprocess images."""
     threads: int = 0
     """CPU threads of the model's operations; 0: torch's default."""
+    compile: bool = True
+    """Compile the vision blocks, at start. On a CPU they are never compiled."""
+    compile_cache: Path = Path("~/.cache/triptych/compiled")
+    """Folder that keeps compiled code for the next start."""
 
 
 @dataclass(frozen=True)

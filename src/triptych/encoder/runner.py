@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +25,7 @@ from triptych.errors import BadMedia, TriptychError, UnsupportedModel
 from triptych.media.image import ImageHeader, decode
 from triptych.media.processor import Processor
 from triptych.models.stream import Stream, drain
-from triptych.models.vision import VisionModel
+from triptych.models.vision import Item, VisionModel
 from triptych.transfer.region import BaseRegion
 
 logger = logging.getLogger(__name__)
@@ -54,8 +55,10 @@ class Prepared:
     """Wall-clock seconds at the end of each step."""
 
 
-def prepare(image: RawImage, processor: Processor, limits: MediaLimits) -> Prepared:
-    """Check, decode and preprocess. Raises BadMedia."""
+def prepare(
+    image: RawImage, processor: Processor, limits: MediaLimits, model: VisionModel
+) -> Prepared:
+    """Check, decode, preprocess, and lay ready for the model. Raises BadMedia."""
     began = time.time()
     if hashlib.sha256(image.data).hexdigest() != image.digest:
         raise BadMedia("the image's bytes do not have the hash that they were sent with")
@@ -64,7 +67,7 @@ def prepare(image: RawImage, processor: Processor, limits: MediaLimits) -> Prepa
     if pixels.size != promised:
         raise BadMedia(f"the image's header says {promised}, its pixels are {pixels.size}")
     decoded = time.time()
-    inputs = processor.preprocess(pixels, image.images_in_request)
+    inputs = model.stage(processor.preprocess(pixels, image.images_in_request))
     return Prepared(inputs, began, decoded, time.time())
 
 
@@ -110,10 +113,17 @@ class Runner:
         self._threads = threads
         self._stream = Stream(model.device)
         self._batches: queue.SimpleQueue[Sequence[Job] | None] = queue.SimpleQueue()
+        self._warm_up: Sequence[Sequence[Item]] = ()
+        self._warm: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="encoder-engine", daemon=True)
 
-    def start(self) -> None:
+    def start(self, warm_up: Sequence[Sequence[Item]] = ()) -> Future[None]:
+        """Encode the batches of ``warm_up``, so that no request pays for what a first forward
+        costs (compiling above all), then be ready. The future has the error of one that failed.
+        """
+        self._warm_up = warm_up
         self._thread.start()
+        return self._warm
 
     def submit(self, batch: Sequence[Job]) -> None:
         self._batches.put(batch)
@@ -127,8 +137,25 @@ class Runner:
     def _run(self) -> None:
         if self._threads:
             torch.set_num_threads(self._threads)
+        self._first_forwards()
         while (batch := self._batches.get()) is not None:
             self._on_result(self._encode(batch))
+
+    def _first_forwards(self) -> None:
+        # Here and not in the main thread: compiled code is valid for the settings of its thread.
+        began = time.perf_counter()
+        try:
+            for items in self._warm_up:
+                with self._stream.entered():
+                    self._model.encode(items)
+                    self._stream.mark()()
+        except Exception as exc:  # engine thread's boundary: whoever starts it is told
+            logger.exception("a first forward failed")
+            self._warm.set_exception(exc)
+            return
+        if self._warm_up:
+            logger.info("the first forwards took %.1f s", time.perf_counter() - began)
+        self._warm.set_result(None)
 
     def _encode(self, batch: Sequence[Job]) -> BatchResult:
         slots = tuple(job.slot for job in batch)
@@ -162,6 +189,20 @@ class Runner:
 
 
 # ------------------------------------------------------------------ at start
+
+
+def warm_up_batches(
+    model: VisionModel, processor: Processor, batch_patches: int
+) -> list[list[Item]]:
+    """Batches for ``Runner.start``: one small image, several sizes, and as much as may come."""
+
+    def item(width: int, height: int, images_in_request: int = 1) -> Item:
+        image = Image.new("RGB", (width, height), (127, 64, 32))
+        return model.stage(processor.preprocess(image, images_in_request))
+
+    large = item(1920, 1080)
+    count = max(1, batch_patches // model.patches(large))
+    return [[item(96, 64)], [item(448, 448, 2), item(320, 224, 2)], [large] * count]
 
 
 def self_check(model: VisionModel, processor: Processor) -> None:

@@ -23,7 +23,15 @@ from triptych.config import EncoderConfig
 from triptych.encoder.admission import Admission
 from triptych.encoder.cache import EmbeddingCache
 from triptych.encoder.embedding import Draft, Embedding
-from triptych.encoder.runner import BatchResult, Job, Prepared, RawImage, Runner, prepare
+from triptych.encoder.runner import (
+    BatchResult,
+    Job,
+    Prepared,
+    RawImage,
+    Runner,
+    prepare,
+    warm_up_batches,
+)
 from triptych.encoder.scheduler import EncodeScheduler
 from triptych.errors import ClientError, PromptTooLong, TriptychError
 from triptych.media.image import read_header
@@ -85,6 +93,7 @@ class EncoderService:
             preparers=config.media_threads,
         )
         self._media = ThreadPoolExecutor(config.media_threads, thread_name_prefix="encoder-media")
+        self._warm_up_batches = partial(warm_up_batches, model, processor, config.batch_patches)
         self._runner = Runner(model, region, self._from_runner, config.threads)
         self._running = False
         self._stopping = False
@@ -94,7 +103,9 @@ class EncoderService:
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._runner.start()
+        on_cpu = self._model.device.type == "cpu"  # where a first forward costs no more than others
+        warm_up = [] if on_cpu else await asyncio.to_thread(self._warm_up_batches)
+        await asyncio.wrap_future(self._runner.start(warm_up))
 
     async def stop(self) -> None:
         """Ends both kinds of threads; what they still work on is dropped."""
@@ -246,7 +257,7 @@ class EncoderService:
             embedding = self._embeddings[slot]
             image, embedding.image = embedding.image, None
             assert image is not None, "an image is prepared once"
-            future = self._media.submit(prepare, image, self._processor, self._limits)
+            future = self._media.submit(prepare, image, self._processor, self._limits, self._model)
             future.add_done_callback(partial(self._from_media, slot))
             embedding.preparing = future
         if not self._running and (batch := self._scheduler.next_batch()):

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from triptych.errors import UnsupportedModel
+from triptych.models.compiled import compile_blocks
+from triptych.models.grids import GridTables
+from triptych.models.patches import project_patches
+from triptych.models.vision_attention import has_kernel, pack_attention
+
+logger = logging.getLogger(__name__)
 
 Item = dict[str, Tensor]
 """The image processor's output for one image: ``pixel_values`` and what goes with it
@@ -30,6 +38,31 @@ class VisionModel:
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self._patch = _pair(config.vision_config.patch_size)
+        self._tables: GridTables | None = None
+        """For towers that pack images of different sizes into one row of patches."""
+        if pack_attention(model):
+            fused = has_kernel(self.device, self.dtype)
+            lengths_on = self.device if fused else torch.device("cpu")
+            self._tables = GridTables(model.model.visual, self.device, lengths_on)
+            if self.device.type == "cuda":
+                project_patches(model.model.visual)
+
+    def compile(self, folder: Path) -> None:
+        """Let the blocks be compiled at the first forward; ``folder`` keeps the result."""
+        n = compile_blocks(self._model, folder)
+        logger.info("%d vision blocks will be compiled, with their cache in %s", n, folder)
+
+    def stage(self, item: Item) -> Item:
+        """The item as ``encode`` takes it soonest: in the model's dtype and, for a GPU, in
+        page-locked memory. From any thread."""
+        staged = {}
+        for name, value in item.items():
+            if value.is_floating_point():
+                value = value.to(self.dtype)
+                if self.device.type == "cuda":
+                    value = value.pin_memory()
+            staged[name] = value
+        return staged
 
     def encode(self, batch: Sequence[Item]) -> list[Tensor]:
         """The embedding of each item, (planes, rows, width) contiguous, in the model's dtype.
@@ -63,10 +96,16 @@ class VisionModel:
 
     def _forward(self, items: list[Item]) -> list[Tensor]:
         names = [name for name in self._inputs if name in items[0]]
-        inputs = {name: torch.cat([item[name] for item in items]) for name in names}
-        output = self._model.get_image_features(
-            **{name: self._place(value) for name, value in inputs.items()}, return_dict=True
-        )
+        arguments: dict[str, Any] = {}
+        if self._tables is not None:
+            names.remove("image_grid_thw")  # stays on the host: nothing there waits for a device
+            grids = torch.cat([item["image_grid_thw"] for item in items])
+            ready_made = self._tables.arguments(grids)
+            arguments = {f"image_{name}": value for name, value in ready_made.items()}
+            arguments["image_grid_thw"] = grids
+        for name in names:
+            arguments[name] = torch.cat([self._place(item[name]) for item in items])
+        output = self._model.get_image_features(**arguments, return_dict=True)
         features = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
         if len(features) != self.planes:
             raise UnsupportedModel(f"the tower made {len(features)} planes, not {self.planes}")
@@ -77,7 +116,7 @@ class VisionModel:
 
     def _place(self, value: Tensor) -> Tensor:
         dtype = self.dtype if value.is_floating_point() else value.dtype
-        return value.to(self.device, dtype)
+        return value.to(self.device, dtype, non_blocking=True)
 
     def _split(self, features: Any, items: list[Item]) -> list[Tensor]:
         """``features`` of one plane, (rows, width) for each item; none if it does not say which.

@@ -1,0 +1,23 @@
+"""Compiled layers: the repeated blocks of a model, one compilation for all of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch.nn import Module
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def compile_blocks(model: Module, folder: Path, backend: str = "inductor") -> int:
+    """Let ``model``'s blocks be compiled, at their first call, for any number of patches.
+
+    Equal blocks share their code. What was compiled is kept in ``folder`` for the next process.
+    Returns the number of blocks. A block that cannot be compiled as a whole raises at its call.
+    """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.expanduser().absolute())
+    # All repeated blocks of Transformers' models are of this class.
+    blocks = [block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)]
+    for block in blocks:
+        block.compile(dynamic=True, fullgraph=False, backend=backend)
+    return len(blocks)
