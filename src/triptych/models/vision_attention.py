@@ -88,7 +88,7 @@ def packed_attention(
             query = query * (scaling * query.shape[-1] ** 0.5)
         out = varlen_attn(query, key, value, ends, ends, longest, longest)
         assert isinstance(out, Tensor)
-        return out
+        return out.contiguous()
     return _by_length(query, key, value, tuple(ends.tolist()), scaling)
 
 

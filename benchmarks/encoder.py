@@ -1,0 +1,301 @@
+"""What the encoder does beside a plain loop over the same model, and how long its answers take.
+
+    python benchmarks/encoder.py [--device cuda] [--model FOLDER] [--json FILE]
+
+One encoder process is asked over its real sockets; the plain loop is Transformers' own, one image
+a forward, on the same device in the same run: once its forwards alone, once with reading the JPEG
+and preprocessing, which the encoder's figures always include. Without a model: on a CPU the small
+random one, on a GPU a tower of Qwen2.5-VL-7B's shape with random weights, in bfloat16.
+
+With ``--json`` the figures are written there as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import tyro
+from encoder_peer import Encoder, log_tail, running, secrets
+from encoder_plain import FULL_HD, SMALL, Pictures, Plain, make_model, rate
+from rich.console import Console
+from rich.table import Table
+
+from triptych.config import Dtype, EncoderConfig
+from triptych.errors import TriptychError
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Path | None = None
+    """Folder of a model with weights."""
+    device: str = "cpu"
+    dtype: Dtype = "auto"
+    seconds: float = 6.0
+    """Of each closed loop."""
+    threads: int = 1
+    """CPU threads of the model's operations, in the encoder and in the plain loop."""
+    media_threads: int = 0
+    """Of the encoder; 0: 2 on a CPU, 16 beside a GPU."""
+    compile: bool = True
+    """As the encoder's option."""
+    json: Path | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
+
+@dataclass
+class Figures:
+    """Rows of the report: name → value, with what was wanted."""
+
+    rows: list[tuple[str, float, str, str]] = field(default_factory=list)
+
+    def add(self, name: str, value: float, unit: str, wanted: str = "") -> None:
+        self.rows.append((name, value, unit, wanted))
+        console.print(f"  {name}: {value:.3g} {unit}" + (f"  (wanted {wanted})" if wanted else ""))
+
+
+console = Console(highlight=False, width=150)
+
+
+# ------------------------------------------------------------------ loads
+
+
+async def loops(at_once: int, seconds: float, call: Callable[[], Awaitable[float]]) -> list[float]:
+    """What ``call`` returned in ``at_once`` closed loops. A fifth of the time does not count."""
+    began = time.perf_counter()
+    counted: list[float] = []
+
+    async def loop() -> None:
+        while time.perf_counter() - began < 1.2 * seconds:
+            found = await call()
+            if time.perf_counter() - began > 0.2 * seconds:
+                counted.append(found)
+
+    await asyncio.gather(*(loop() for _ in range(at_once)))
+    return counted
+
+
+async def throughput(encoder: Encoder, pictures: Pictures, at_once: int, seconds: float) -> float:
+    """Images a second in closed loops of one-image requests."""
+    ends: list[float] = []
+
+    async def call() -> float:
+        await encoder.request(pictures.new())
+        ends.append(time.perf_counter())
+        return ends[-1]
+
+    await loops(at_once, seconds, call)
+    counted = [end for end in ends if end - ends[0] > 0.2 * (ends[-1] - ends[0])]
+    return (len(counted) - 1) / (counted[-1] - counted[0])
+
+
+def quantile(counts: dict[float, float], q: float) -> float:
+    """Seconds, interpolated within the bucket as Prometheus does."""
+    bounds = sorted(counts)
+    rank, low, below = q * counts[bounds[-1]], 0.0, 0.0
+    for bound in bounds:
+        if counts[bound] >= rank:
+            return low + (bound - low) * (rank - below) / max(1.0, counts[bound] - below)
+        low, below = bound, counts[bound]
+    return low
+
+
+def p(values: list[float], q: float) -> float:
+    """Quantile in milliseconds."""
+    return 1000 * float(np.quantile(values, q))
+
+
+# ------------------------------------------------------------------ the figures
+
+
+@dataclass
+class Measurement:
+    config: Config
+    encoder: Encoder
+    plain: dict[str, tuple[float, float]]
+    """Images a second of the plain loop, by size: forwards alone, everything."""
+    figures: Figures
+    small: Pictures
+    large: Pictures
+
+    async def run(self) -> None:
+        for pictures in (self.small, self.large):
+            await loops(2, 1.0, lambda: self.encoder.request(pictures.new()))  # noqa: B023
+        await self.forwards()
+        await self.against_plain()
+        await self.under_load()
+        await self.hits()
+        await self.fairness()
+
+    async def forwards(self) -> None:
+        """One image at a time: how long its forward takes, and from its request to ready."""
+        for name, pictures in (("448 px", self.small), ("1080p", self.large)):
+            self.encoder.spans.clear()
+            seconds = await loops(
+                1,
+                self.config.seconds / 2,
+                lambda: self.encoder.request(pictures.new()),  # noqa: B023
+            )
+            await asyncio.sleep(0.1)  # the last spans are on their way
+            wanted = "≤ 45" if name == "1080p" and self.config.on_gpu else ""
+            forward = p(self.encoder.durations("encode"), 0.5)
+            self.figures.add(f"forward of one {name} image, p50", forward, "ms", wanted)
+            for step in ("decode", "preprocess"):
+                took = p(self.encoder.durations(step), 0.5)
+                self.figures.add(f"{step} of one {name} image, p50", took, "ms")
+            self.figures.add(
+                f"request to ready, one {name} image alone, p50", p(seconds, 0.5), "ms"
+            )
+
+    async def against_plain(self) -> None:
+        targets: list[tuple[str, Pictures, int, str]] = [
+            ("448 px", self.small, 1, "" if self.config.on_gpu else "≥ 1"),
+            ("448 px", self.small, 8, "" if self.config.on_gpu else "> 1"),
+        ]
+        if self.config.on_gpu:
+            targets += [("448 px", self.small, 32, "≥ 3"), ("1080p", self.large, 8, "≥ 1.5")]
+        for name, pictures, at_once, wanted in targets:
+            found = await throughput(self.encoder, pictures, at_once, self.config.seconds)
+            alone, everything = self.plain[name]
+            label = f"{name}, {at_once} at a time"
+            self.figures.add(f"{label}: images/s", found, "")
+            loop = "with reading and preprocessing"
+            self.figures.add(f"{label}: x plain loop of forwards alone", found / alone, "x", wanted)
+            self.figures.add(f"{label}: x plain loop {loop}", found / everything, "x", wanted)
+
+    async def under_load(self) -> None:
+        """How long answers take while forwards run."""
+        before = await self.encoder.buckets("triptych_rpc_seconds", path="/encode")
+        seconds = self.config.seconds
+        load = asyncio.create_task(
+            loops(
+                32 if self.config.on_gpu else 8,
+                seconds,
+                lambda: self.encoder.request(self.small.new()),
+            )
+        )
+        for path in ("/health", "/metrics"):
+            times = await loops(1, 0.4 * seconds, lambda: self._get(path))  # noqa: B023
+            self.figures.add(f"{path} under load, p99", p(times, 0.99), "ms", "≤ 10")
+        await load
+        after = await self.encoder.buckets("triptych_rpc_seconds", path="/encode")
+        counts = {bound: after[bound] - before.get(bound, 0.0) for bound in after}
+        for q, wanted in ((0.5, "≤ 5"), (0.99, "≤ 20")):
+            took = 1000 * quantile(counts, q)
+            self.figures.add(
+                f"/encode after its last byte, under load, p{q * 100:.0f}", took, "ms", wanted
+            )
+
+    async def _get(self, path: str) -> float:
+        seconds, _ = await self.encoder.get(path)
+        await asyncio.sleep(0.01)
+        return seconds
+
+    async def hits(self) -> None:
+        files = self.large.new(4)
+        await self.encoder.request(files)
+        times = [await self.encoder.request(files, send=False) for _ in range(50)]
+        for q, wanted in ((0.5, "≤ 10"), (0.99, "")):
+            label = f"four 1080p images from the cache, request to ready, p{q * 100:.0f}"
+            self.figures.add(label, p(times, q), "ms", wanted)
+
+    async def fairness(self) -> None:
+        """One-image requests beside requests of 32 images."""
+        seconds = self.config.seconds
+        lone = await loops(1, seconds / 2, lambda: self.encoder.request(self.small.new()))
+        self.encoder.spans.clear()
+        stop = time.perf_counter() + 2 * seconds
+
+        async def many() -> None:
+            while time.perf_counter() < stop:
+                await self.encoder.request(self.small.new(32))
+
+        load = [asyncio.create_task(many()) for _ in range(4)]
+        await asyncio.sleep(0.2 * seconds)
+        beside = await loops(1, 1.2 * seconds, lambda: self.encoder.request(self.small.new()))
+        await asyncio.gather(*load)
+        batch = p(self.encoder.durations("encode"), 0.99)
+        limit = 2 * p(lone, 0.5) + batch
+        self.figures.add("one image alone, p50", p(lone, 0.5), "ms")
+        self.figures.add("a batch's forward beside 32-image requests, p99", batch, "ms")
+        self.figures.add("one image beside 32-image requests, p50", p(beside, 0.5), "ms")
+        self.figures.add(
+            "one image beside 32-image requests, p99", p(beside, 0.99), "ms", f"≤ {limit:.0f}"
+        )
+
+
+def machine(config: Config) -> Iterator[tuple[str, str]]:
+    yield "torch", torch.__version__
+    yield "transformers", transformers.__version__
+    if config.on_gpu:
+        yield "device", torch.cuda.get_device_name(config.device)
+        a = torch.randn(8192, 8192, device=config.device, dtype=torch.bfloat16)
+        gemm = rate(lambda: (a @ a, torch.cuda.synchronize())[1], 1.0)
+        yield "bfloat16 8192³ product", f"{gemm * 2 * 8192**3 / 1e12:.0f} TFLOP/s"
+
+
+async def measure(config: Config, folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(config.threads)
+    about = dict(machine(config))
+    console.print(", ".join(f"{name} {value}" for name, value in about.items()))
+    model = make_model(config.model, config.device, config.dtype, folder / "model")
+    small, large, figures = Pictures(SMALL), Pictures(FULL_HD), Figures()
+    plain = Plain(model)
+    rates = {
+        "448 px": plain.rates(small, config.seconds / 2),
+        "1080p": plain.rates(large, config.seconds / 2),
+    }
+    del plain
+    if config.on_gpu:
+        torch.cuda.empty_cache()
+    for name, (alone, everything) in rates.items():
+        figures.add(f"plain loop, {name}, forwards alone", alone, "images/s")
+        figures.add(f"plain loop, {name}, with reading and preprocessing", everything, "images/s")
+    encoder_config = EncoderConfig(
+        model,
+        pool_mib=8192 if config.on_gpu else 256,
+        media_threads=config.media_threads or (16 if config.on_gpu else 2),
+        threads=config.threads,
+        compile=config.compile,
+    )
+    began = time.perf_counter()
+    async with running(encoder_config, secrets(), folder / "encoder.log") as encoder:
+        figures.add("encoder ready after", time.perf_counter() - began, "s")
+        await Measurement(config, encoder, rates, figures, small, large).run()
+    lines = log_tail(folder / "encoder.log").splitlines()
+    about["log"] = [line for line in lines if "forward" in line or "compiled" in line]
+    console.print("\n".join(about["log"]))
+    return {**about, "figures": figures.rows}
+
+
+def main(config: Config) -> int:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            result = asyncio.run(measure(config, Path(folder)))
+    except TriptychError as error:
+        console.print(f"error: {error.message}")
+        return 1
+    table = Table("figure", "value", "unit", "wanted")
+    for name, value, unit, wanted in result["figures"]:
+        table.add_row(name, f"{value:.3g}", unit, wanted)
+    console.print(table)
+    if config.json is not None:
+        config.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Config, description=__doc__)))
