@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triptych.encoder.scheduler import AGEING_S, AHEAD_BATCHES, EncodeScheduler
+from triptych.encoder.scheduler import (
+    AHEAD_BATCHES,
+    PASSES,
+    URGENT_BATCHES,
+    EncodeScheduler,
+)
 from triptych.errors import Overloaded
 
 BUDGET = 100
@@ -33,7 +38,7 @@ def prepare_all(subject: EncodeScheduler) -> list[int]:
 def test_a_batch_is_filled_up_to_its_budget_shortest_first() -> None:
     subject = scheduler()
     for number, patches in enumerate([60, 10, 50, 30, 90]):
-        subject.add(number, patches, 1, now=0.0)
+        subject.add(number, patches, 1, patches)
     assert prepare_all(subject) == [1, 3, 2, 0, 4]
     assert subject.next_batch() == [1, 3, 2]
     assert subject.next_batch() == [0]
@@ -43,8 +48,8 @@ def test_a_batch_is_filled_up_to_its_budget_shortest_first() -> None:
 
 def test_an_image_larger_than_the_budget_runs_alone() -> None:
     subject = scheduler()
-    subject.add(1, 5 * BUDGET, 1, now=0.0)
-    subject.add(2, BUDGET, 1, now=0.0)
+    subject.add(1, 5 * BUDGET, 1, 5 * BUDGET)
+    subject.add(2, BUDGET, 1, BUDGET)
     assert subject.next_to_prepare() == 2
     subject.prepared(2)
     assert subject.next_batch() == [2]
@@ -52,18 +57,75 @@ def test_an_image_larger_than_the_budget_runs_alone() -> None:
     assert subject.next_batch() == [1]
 
 
-def test_long_work_is_not_passed_for_ever() -> None:
+def run(subject: EncodeScheduler) -> list[int]:
+    """Prepare what may be prepared; one forward, at once ended."""
+    prepare_all(subject)
+    batch = subject.next_batch()
+    for number in batch:
+        subject.done(number)
+    return batch
+
+
+def test_a_short_request_passes_the_images_of_long_ones() -> None:
+    subject = scheduler(queue_patches=10_000)
+    for request in range(4):
+        for image in range(32):
+            subject.add(100 * request + image, 10, 1, 320)
+    for _ in range(8):
+        run(subject)
+    subject.add(1000, 10, 1, 10)
+    batch = run(subject)
+    assert 1000 in batch
+    assert len(batch) == 2  # no more of the long requests' work than of its own
+    assert len(run(subject)) == 10
+
+
+def test_short_requests_fill_a_batch_together() -> None:
     subject = scheduler()
-    subject.add(0, BUDGET, 1, now=0.0)
-    subject.add(1, 1, 1, now=AGEING_S * 0.9)
-    subject.add(2, 1, 1, now=AGEING_S * 1.1)
-    assert prepare_all(subject) == [1, 0, 2]
+    for number in range(20):
+        subject.add(number, 10, 1, 10 if number < 15 else 100)
+    assert run(subject) == list(range(10))
+    assert run(subject) == [10, 11, 12, 13, 14, 15, 16, 17, 18, 19]
+
+
+def test_equal_requests_are_served_one_after_the_other() -> None:
+    subject = scheduler()
+    for request in range(3):
+        for image in range(20):
+            subject.add(100 * request + image, 10, 1, 200)
+    ran = [number for _ in range(6) for number in run(subject)]
+    assert ran == sorted(ran) and len(ran) == 60
+
+
+def test_a_long_request_is_not_passed_for_ever() -> None:
+    subject = scheduler()
+    subject.add(0, BUDGET, 1, BUDGET)
+    passed = 0
+    for number in range(1, 1000):
+        subject.add(number, BUDGET // 2, 1, BUDGET // 2)
+        (ran,) = run(subject)
+        if ran == 0:
+            break
+        passed += BUDGET // 2
+    assert PASSES * BUDGET // 2 <= passed <= PASSES * BUDGET
+
+
+def test_urgent_work_is_prepared_although_much_is_prepared_already() -> None:
+    subject = scheduler(preparers=100)
+    for number in range(10):
+        subject.add(number, BUDGET, 1, 10 * BUDGET)
+    assert len(prepare_all(subject)) == AHEAD_BATCHES
+    small = range(20, 20 + 10 * URGENT_BATCHES)
+    for number in small:
+        subject.add(number, BUDGET // 5, 1, BUDGET // 5)
+    assert len(prepare_all(subject)) == 5  # what fits into the next forward
+    assert subject.next_batch() == [20, 21, 22, 23, 24]
 
 
 def test_preparation_does_not_run_far_ahead_of_the_forward() -> None:
     subject = scheduler(preparers=100)
     for number in range(10):
-        subject.add(number, BUDGET, 1, now=0.0)
+        subject.add(number, BUDGET, 1, BUDGET)
     started = []
     while (number := subject.next_to_prepare()) is not None:
         started.append(number)
@@ -79,7 +141,7 @@ def test_preparation_does_not_run_far_ahead_of_the_forward() -> None:
 def test_no_more_images_in_preparation_than_threads() -> None:
     subject = scheduler(preparers=2)
     for number in range(3):
-        subject.add(number, 1, 1, now=0.0)
+        subject.add(number, 1, 1, 1)
     assert [subject.next_to_prepare() for _ in range(3)] == [0, 1, None]
     subject.done(0)  # its preparation failed
     assert subject.next_to_prepare() == 2
@@ -88,7 +150,7 @@ def test_no_more_images_in_preparation_than_threads() -> None:
 def test_cancel_forgets_all_but_what_runs() -> None:
     subject = scheduler(preparers=1)
     for number in range(4):
-        subject.add(number, BUDGET // 2, 1, now=0.0)
+        subject.add(number, BUDGET // 2, 1, BUDGET // 2)
     subject.next_to_prepare()
     subject.prepared(0)
     assert subject.next_batch() == [0]
@@ -106,7 +168,7 @@ def test_cancel_forgets_all_but_what_runs() -> None:
 def test_the_queue_is_bounded_in_patches_and_bytes() -> None:
     subject = scheduler(queue_patches=100, queue_nbytes=50, preparers=1)
     subject.check_room(1000, 1000)  # an empty queue takes anything: the pool decides
-    subject.add(1, 90, 45, now=0.0)
+    subject.add(1, 90, 45, 90)
     subject.check_room(10, 5)
     with pytest.raises(Overloaded, match="100 vision patches"):
         subject.check_room(11, 0)
@@ -119,23 +181,23 @@ def test_the_queue_is_bounded_in_patches_and_bytes() -> None:
 
 def test_a_phase_cannot_be_skipped() -> None:
     subject = scheduler()
-    subject.add(1, 1, 1, now=0.0)
+    subject.add(1, 1, 1, 1)
     with pytest.raises(AssertionError, match="work 1"):
         subject.prepared(1)
     assert subject.next_to_prepare() == 1
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 250), st.floats(0, 10)), max_size=40),
+    st.lists(st.tuples(st.integers(1, 250), st.integers(0, 500)), max_size=40),
     st.lists(st.integers(0, 39), max_size=10),
 )
 def test_everything_runs_once_within_budgets(
-    work: list[tuple[int, float]], cancelled: list[int]
+    work: list[tuple[int, int]], cancelled: list[int]
 ) -> None:
     subject = scheduler()
     patches = dict(enumerate(size for size, _ in work))
-    for number, (size, now) in enumerate(work):
-        subject.add(number, size, 1, now=now)
+    for number, (size, others) in enumerate(work):
+        subject.add(number, size, 1, size + others)
     for number in cancelled:
         assert subject.cancel(number)
         patches.pop(number, None)
@@ -148,5 +210,5 @@ def test_everything_runs_once_within_budgets(
             subject.done(number)
         ran.extend(batch)
     assert sorted(ran) == sorted(patches)
-    subject.add(1000, 1, 1, now=0.0)
+    subject.add(1000, 1, 1, 1)
     subject.check_room(999, 999)  # everything else has been taken off the queue's account

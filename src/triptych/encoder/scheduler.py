@@ -1,7 +1,8 @@
 """Which image is prepared next, and which images share a forward. Plain data in, plain data out.
 
 Work is measured in vision patches, since requests and even images say little about its cost.
-Short work goes first; waiting counts as well, so that long work is not passed for ever.
+Images of short requests go first. What has waited counts as well, and is measured in work that
+was done meanwhile: seconds would make everything equally urgent just when the queue is long.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from enum import Enum, auto
 
 from triptych.errors import Overloaded
 
-AGEING_S = 0.5
-"""Seconds of waiting that outweigh a whole batch of patches."""
+PASSES = 16
+"""A request is passed by later ones until so many times its own patches have been encoded."""
 AHEAD_BATCHES = 3
 """Batches of patches that may be prepared ahead of the forward: bounds the pixels in memory."""
+URGENT_BATCHES = 2
+"""Batches more, for images that would be in the next forward."""
 
 
 class Phase(Enum):
@@ -38,8 +41,14 @@ class _Work:
     number: int
     patches: int
     nbytes: int
-    urgency: float
+    turn: int
+    long: bool
+    """Of a request that is more than half a batch."""
     phase: Phase = Phase.WAITING
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.turn, self.number
 
 
 class EncodeScheduler:
@@ -58,8 +67,10 @@ class EncodeScheduler:
         self._queue_nbytes = queue_nbytes
         self._preparers = preparers
         self._work: dict[int, _Work] = {}
-        self._waiting: list[tuple[float, int]] = []
-        """Heap of (urgency, number); what was cancelled is skipped when it comes up."""
+        self._waiting: list[tuple[int, int]] = []
+        """Heap of (turn, number); what was cancelled is skipped when it comes up."""
+        self._begun_patches = 0
+        """Of all forwards so far."""
         self._in_phase: dict[Phase, dict[int, _Work]] = {phase: {} for phase in Phase}
         self._queued_patches = 0
         self._queued_nbytes = 0
@@ -73,14 +84,14 @@ class EncodeScheduler:
         if self._queued_nbytes + nbytes > self._queue_nbytes:
             raise Overloaded(f"more than {self._queue_nbytes} bytes of images wait to be encoded")
 
-    def add(self, number: int, patches: int, nbytes: int, now: float) -> None:
-        """``now``: seconds of any clock that never runs backwards."""
+    def add(self, number: int, patches: int, nbytes: int, request_patches: int) -> None:
+        """``request_patches``: of all images that came with this one."""
         assert number not in self._work, f"work {number} is already known"
-        # Everybody ages alike, so waiting time can be counted once, as the time of arrival.
-        urgency = patches + now * self._batch_patches / AGEING_S
-        work = self._work[number] = _Work(number, patches, nbytes, urgency)
+        turn = self._begun_patches + PASSES * request_patches
+        long = 2 * request_patches > self._batch_patches
+        work = self._work[number] = _Work(number, patches, nbytes, turn, long)
         self._in_phase[Phase.WAITING][number] = work
-        heapq.heappush(self._waiting, (urgency, number))
+        heapq.heappush(self._waiting, work.order)
         self._queued_patches += patches
         self._queued_nbytes += nbytes
 
@@ -92,9 +103,11 @@ class EncodeScheduler:
         if not self._waiting or len(preparing) >= self._preparers:
             return None
         chosen = waiting[self._waiting[0][1]]
-        prepared = self._in_phase[Phase.PREPARED]
-        ahead = sum(work.patches for work in (*preparing.values(), *prepared.values()))
-        if ahead and ahead + chosen.patches > AHEAD_BATCHES * self._batch_patches:
+        others = (*preparing.values(), *self._in_phase[Phase.PREPARED].values())
+        ahead = chosen.patches + sum(work.patches for work in others)
+        sooner = chosen.patches + sum(w.patches for w in others if w.order < chosen.order)
+        batches = AHEAD_BATCHES + (URGENT_BATCHES if sooner <= self._batch_patches else 0)
+        if others and ahead > batches * self._batch_patches:
             return None
         self._advance(chosen, Phase.PREPARING)
         return chosen.number
@@ -103,16 +116,24 @@ class EncodeScheduler:
         self._advance(self._work[number], Phase.PREPARED)
 
     def next_batch(self) -> list[int]:
-        """The images of the next forward: the most urgent one, and what still fits beside it."""
-        batch: list[int] = []
+        """The images of the next forward: the one whose turn it is, and what still fits beside it.
+
+        Beside images of short requests, those of long ones (more than half a batch) take no more
+        room than they: a short request waits for no forward that is full of others' work.
+        """
+        ready = sorted(self._in_phase[Phase.PREPARED].values(), key=lambda work: work.order)
         room = self._batch_patches
-        ready = self._in_phase[Phase.PREPARED].values()
-        for work in sorted(ready, key=lambda work: (work.urgency, work.number)):
-            if not batch or work.patches <= room:
-                batch.append(work.number)
-                room -= work.patches
-                self._advance(work, Phase.RUNNING)
-                self._unqueue(work)
+        room_for_long = sum(work.patches for work in ready if not work.long) or room
+        batch: list[int] = []
+        for work in ready:
+            if batch and work.patches > (min(room, room_for_long) if work.long else room):
+                continue
+            batch.append(work.number)
+            room -= work.patches
+            room_for_long -= work.patches if work.long else 0
+            self._begun_patches += work.patches
+            self._advance(work, Phase.RUNNING)
+            self._unqueue(work)
         return batch
 
     def done(self, number: int) -> None:

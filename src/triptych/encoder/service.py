@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -152,13 +151,14 @@ class EncoderService:
         except (TriptychError, asyncio.CancelledError):
             self.producer.cancel(request)
             raise
+        together = sum(draft.patches for draft in drafts.values())
         for (key, draft), extent in zip(drafts.items(), extents, strict=True):
             slot = self.cache.find(key)  # somebody may have brought it while this request waited
             if slot is not None:
                 self.pool.free(extent)
             for index in indexes[key]:
                 if slot is None:
-                    slot, answer = self._open(draft, extent, index, request, session_id)
+                    slot, answer = self._open(draft, extent, index, request, session_id, together)
                 else:
                     answer = self._lend(slot, index, request, session_id)
                 answers[index] = answer
@@ -219,9 +219,16 @@ class EncoderService:
         return await self._admission.take([draft.meta.nbytes for draft in drafts], request)
 
     def _open(
-        self, draft: Draft, extent: Extent, index: int, request: str, session_id: str
+        self,
+        draft: Draft,
+        extent: Extent,
+        index: int,
+        request: str,
+        session_id: str,
+        together: int,
     ) -> tuple[int, wire.EncodedItem]:
-        """A new slot for an image; its way to the engine begins."""
+        """A new slot for an image; its way to the engine begins. ``together``: patches of all the
+        images that come with it."""
         meta = draft.meta
         ref = self.producer.lend_embedding(
             wire.Piece(extent.offset, meta.nbytes),
@@ -235,7 +242,7 @@ class EncoderService:
         embedding.waiters.append((request, index))
         self._embeddings[ref.slot] = embedding
         self.cache.add(meta.key, ref.slot)
-        self._scheduler.add(ref.slot, draft.patches, len(draft.image.data), time.monotonic())
+        self._scheduler.add(ref.slot, draft.patches, len(draft.image.data), together)
         return ref.slot, wire.EncodedItem(index, meta=meta, ref=ref)
 
     def _lend(self, slot: int, index: int, request: str, session_id: str) -> wire.EncodedItem:
