@@ -6,7 +6,9 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from triptych.encoder.runner import BatchResult, Prepared, RawImage
+from triptych import wire
+from triptych.encoder.runner import BatchResult, Job, Prepared, RawImage
+from triptych.errors import TriptychError
 from triptych.request import ItemMeta, Span
 from triptych.transfer.pool import Extent
 
@@ -27,6 +29,7 @@ class Embedding:
     slot: int
     meta: ItemMeta
     extent: Extent
+    patches: int
     cached: bool = False
     """Full; lent from the pool from now on."""
     failed: bool = False
@@ -39,6 +42,25 @@ class Embedding:
     """Wall-clock seconds."""
     waiters: list[tuple[str, int]] = field(default_factory=list)
     """(request id, image index) of those who are told how it went."""
+
+    def job(self) -> Job:
+        """For the forward; the image has been prepared."""
+        assert self.prepared is not None, "an embedding was prepared before it was encoded"
+        return Job(self.slot, self.prepared.inputs, self.extent.offset, self.meta.shape)
+
+    def failures(self, error: TriptychError) -> list[wire.Failed]:
+        """What the router is told about everyone who waits for this image."""
+        return [
+            wire.Failed(
+                request_id=request,
+                stage="encoder",
+                error=type(error).__name__,
+                reason=error.message,
+                item=index,
+                retryable=error.retryable,
+            )
+            for request, index in self.waiters
+        ]
 
     def spans(self, result: BatchResult, index: int) -> list[Span]:
         """Where the time went, once the embedding is in its slot; for image ``index``."""

@@ -71,6 +71,14 @@ def prepare(
     return Prepared(inputs, began, decoded, time.time())
 
 
+def preparation_error(cause: BaseException) -> TriptychError:
+    """Why ``prepare`` failed, as an error of the tree."""
+    if isinstance(cause, TriptychError):
+        return cause
+    logger.error("preparing an image failed", exc_info=cause)
+    return TriptychError(f"the image cannot be prepared ({type(cause).__name__})")
+
+
 # ------------------------------------------------------------------ engine thread
 
 

@@ -75,6 +75,12 @@ class EncodeScheduler:
         self._queued_patches = 0
         self._queued_nbytes = 0
 
+    @property
+    def queued(self) -> tuple[int, int, int]:
+        """Images that wait for a forward, their patches, the bytes of their files."""
+        images = len(self._work) - len(self._in_phase[Phase.RUNNING])
+        return images, self._queued_patches, self._queued_nbytes
+
     def check_room(self, patches: int, nbytes: int) -> None:
         """Raises Overloaded unless so much more may wait. An empty queue takes anything."""
         if len(self._in_phase[Phase.RUNNING]) == len(self._work):

@@ -19,15 +19,16 @@ from functools import partial
 
 from triptych import wire
 from triptych.config import EncoderConfig
+from triptych.encoder import counts
 from triptych.encoder.admission import Admission
 from triptych.encoder.cache import EmbeddingCache
 from triptych.encoder.embedding import Draft, Embedding
 from triptych.encoder.runner import (
     BatchResult,
-    Job,
     Prepared,
     RawImage,
     Runner,
+    preparation_error,
     prepare,
     warm_up_batches,
 )
@@ -45,7 +46,6 @@ from triptych.transfer.region import BaseRegion
 
 logger = logging.getLogger(__name__)
 
-ROLE = "encoder"
 QUEUE_NBYTES = 256 << 20
 """Bytes of image files that may wait to be encoded."""
 
@@ -91,6 +91,7 @@ class EncoderService:
             queue_nbytes=QUEUE_NBYTES,
             preparers=config.media_threads,
         )
+        counts.export_queue(self._scheduler)
         self._media = ThreadPoolExecutor(config.media_threads, thread_name_prefix="encoder-media")
         self._warm_up_batches = partial(warm_up_batches, model, processor, config.batch_patches)
         self._runner = Runner(model, region, self._from_runner, config.threads)
@@ -142,6 +143,7 @@ class EncoderService:
                     drafts[key] = self._draft(key, item.digest, item.data, message)
                     indexes[key].append(item.index)
                 except ClientError as exc:
+                    counts.refused(exc)
                     name = type(exc).__name__
                     answers[item.index] = wire.EncodedItem(
                         item.index, error=name, reason=exc.message
@@ -213,10 +215,13 @@ class EncoderService:
         self._admission.check(request)
         if not drafts:
             return []
-        self._scheduler.check_room(
-            sum(draft.patches for draft in drafts), sum(len(draft.image.data) for draft in drafts)
-        )
-        return await self._admission.take([draft.meta.nbytes for draft in drafts], request)
+        with counts.refusals_of("queue"):
+            self._scheduler.check_room(
+                sum(draft.patches for draft in drafts),
+                sum(len(draft.image.data) for draft in drafts),
+            )
+        with counts.refusals_of("pool"):
+            return await self._admission.take([draft.meta.nbytes for draft in drafts], request)
 
     def _open(
         self,
@@ -238,7 +243,8 @@ class EncoderService:
             holder=session_id,
             request_id=request,
         )
-        embedding = Embedding(ref.slot, meta, extent, image=draft.image)
+        embedding = Embedding(ref.slot, meta, extent, draft.patches, image=draft.image)
+        counts.looked_up("miss")
         embedding.waiters.append((request, index))
         self._embeddings[ref.slot] = embedding
         self.cache.add(meta.key, ref.slot)
@@ -250,6 +256,7 @@ class EncoderService:
         embedding = self._embeddings[slot]
         ref = self.producer.lend_again(slot, holder=session_id, request_id=request)
         assert isinstance(ref, EmbeddingRef)
+        counts.looked_up("hit" if embedding.cached else "joined")
         if not embedding.cached:
             embedding.waiters.append((request, index))
         return wire.EncodedItem(index, cached=embedding.cached, meta=embedding.meta, ref=ref)
@@ -269,17 +276,7 @@ class EncoderService:
             embedding.preparing = future
         if not self._running and (batch := self._scheduler.next_batch()):
             self._running = True
-            self._runner.submit([self._job(self._embeddings[slot]) for slot in batch])
-
-    @staticmethod
-    def _job(embedding: Embedding) -> Job:
-        assert embedding.prepared is not None
-        return Job(
-            embedding.slot,
-            embedding.prepared.inputs,
-            embedding.extent.offset,
-            embedding.meta.shape,
-        )
+            self._runner.submit([self._embeddings[slot].job() for slot in batch])
 
     def _from_media(self, slot: int, future: Future[Prepared]) -> None:
         """On a media thread."""
@@ -310,6 +307,7 @@ class EncoderService:
 
     def _on_batch(self, result: BatchResult) -> None:
         self._running = False
+        counts.batch_ended(result, (self._embeddings[slot] for slot in result.slots))
         for slot in result.slots:
             self._scheduler.done(slot)
             embedding = self._embeddings[slot]
@@ -317,8 +315,9 @@ class EncoderService:
                 self._fail(embedding, result.errors[slot])
             elif self.producer.leases(slot):
                 self._finish(embedding, result)
-            else:
-                self._drop(embedding)  # cancelled while its forward ran
+            else:  # cancelled while its forward ran
+                counts.aborted("encoded")
+                self._drop(embedding)
         self._pump()
 
     def _finish(self, embedding: Embedding, result: BatchResult) -> None:
@@ -334,26 +333,14 @@ class EncoderService:
 
     def _fail(self, embedding: Embedding, cause: BaseException) -> None:
         """This image alone has failed; those who wait for it are told, the key is free again."""
-        if isinstance(cause, TriptychError):
-            error = cause
-        else:
-            logger.error("preparing an image failed", exc_info=cause)
-            error = TriptychError(f"the image cannot be prepared ({type(cause).__name__})")
+        error = preparation_error(cause)
         embedding.failed = True
         embedding.prepared = None
         self.cache.remove(embedding.slot)
-        waiters, embedding.waiters = embedding.waiters, []
-        for request, index in waiters:
-            self._report(
-                wire.Failed(
-                    request_id=request,
-                    stage=ROLE,
-                    error=type(error).__name__,
-                    reason=error.message,
-                    item=index,
-                    retryable=error.retryable,
-                )
-            )
+        counts.refused(error)
+        for message in embedding.failures(error):
+            self._report(message)
+        embedding.waiters.clear()
         self.producer.fail(embedding.slot, error)
         if not self.producer.leases(embedding.slot):
             self._drop(embedding)
@@ -367,7 +354,10 @@ class EncoderService:
             return
         if embedding.cached:
             self.pool.serve()  # what was pinned may make room for a waiter now
-        elif embedding.failed or self._scheduler.cancel(slot):
+        elif embedding.failed:
+            self._drop(embedding)
+        elif self._scheduler.cancel(slot):
+            counts.aborted("queued")
             self._drop(embedding)
         # else its forward is running; _on_batch drops it
 

@@ -28,6 +28,14 @@ moved_bytes = Counter(
 )
 
 
+embeddings_received = Counter(
+    "triptych_embeddings_received", "Embeddings that were read from encoders.", ["transport"]
+)
+embedding_bytes_received = Counter(
+    "triptych_embedding_bytes_received", "Bytes of embeddings read from encoders.", ["transport"]
+)
+
+
 @cache
 def _span_series(role: str, name: str) -> Histogram:
     """Looking a series up by its labels costs ten times what observing it does."""
@@ -39,6 +47,9 @@ def record_span(role: str, name: str, seconds: float, nbytes: int, transport: st
     _span_series(role, name).observe(seconds)
     if transport:
         moved_bytes.labels(transport).inc(nbytes)
+        if name == "read":
+            embeddings_received.labels(transport).inc()
+            embedding_bytes_received.labels(transport).inc(nbytes)
 
 
 workers = Gauge("triptych_workers", "Workers registered with this router.", ["role"])
@@ -107,6 +118,10 @@ def export_usage(name: str, pool: HasUsage) -> None:
 
 leases = Gauge("triptych_leases", "Leases on slots that this process lends.")
 leases_expired = Counter("triptych_leases_expired", "Leases that ended by their holder's silence.")
+lent = Counter(
+    "triptych_lent", "Slots that consumers claimed and gave back once they had them.", ["kind"]
+)
+lent_bytes = Counter("triptych_lent_bytes", "Bytes of those slots.", ["kind"])
 claims_denied = Counter("triptych_claims_denied", "Claims that were denied, by reason.", ["reason"])
 transport_info = Gauge(
     "triptych_transport_info",
@@ -118,4 +133,35 @@ transport_links = Gauge(
     "triptych_transport_links",
     "Producers that this process reads from, by the transport in effect and their role.",
     ["transport", "peer_role"],
+)
+
+encoder_queue = Gauge(
+    "triptych_encoder_queue",
+    "What waits for a forward: images, their vision patches, bytes of their files.",
+    ["unit"],
+)
+encoder_lookups = Counter(
+    "triptych_encoder_lookups",
+    "Images asked for: in the cache, joined to one that was on its way, or encoded.",
+    ["result"],
+)
+encoder_refused = Counter(
+    "triptych_encoder_refused", "Requests and images that were refused, by reason.", ["reason"]
+)
+encoder_aborted = Counter(
+    "triptych_encoder_aborted",
+    "Images that nobody wanted any more, by what was dropped: their place in the queue or the "
+    "outcome of their forward.",
+    ["dropped"],
+)
+encoder_batch_patches = Histogram(
+    "triptych_encoder_batch_patches",
+    "Vision patches of a forward.",
+    buckets=[2**n for n in range(6, 18)],
+)
+encoder_batch_images = Histogram(
+    "triptych_encoder_batch_images", "Images of a forward.", buckets=[1, 2, 4, 8, 16, 32, 64, 128]
+)
+encoder_forward_seconds = Histogram(
+    "triptych_encoder_forward_seconds", "One forward of the vision model.", buckets=BUCKETS_S
 )

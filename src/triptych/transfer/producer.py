@@ -146,7 +146,11 @@ class Producer:
             case wire.Validate():
                 self._lender.validate(session, message)
             case wire.Release():
-                self._lender.release(session, message)
+                ref = self._lender.release(session, message)
+                if ref is not None:
+                    kind = "embedding" if isinstance(ref, EmbeddingRef) else "kv"
+                    metrics.lent.labels(kind).inc()
+                    metrics.lent_bytes.labels(kind).inc(ref.nbytes)
             case _:
                 return False
         self._settle()

@@ -233,11 +233,13 @@ class Lender:
             answer = wire.Valid(message.claim, message.first, message.count)
         self.outbox.append((session, answer))
 
-    def release(self, session: str, message: wire.Release) -> None:
-        """Idempotent."""
+    def release(self, session: str, message: wire.Release) -> AnyRef | None:
+        """Idempotent. The ref of a slot that the consumer could read to its end, else None."""
         lease = self._claims.get((session, message.claim))
-        if lease is not None:
-            self._drop(lease)
+        if lease is None:
+            return None
+        self._drop(lease)
+        return lease.slot.ref if lease.slot.state is SlotState.READY else None
 
     def may_read(self, session: str, pieces: Iterable[tuple[int, int]]) -> bool:
         """Is every (offset, nbytes) a whole ready piece of a slot that the session has claimed?"""
