@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
@@ -119,13 +120,19 @@ async def _body(request: Request, limit: int) -> bytes:
 
 def problem(exc: TriptychError) -> Response:
     """The answer of one role to another when something went wrong."""
+    retry_after_s = exc.retry_after_s if isinstance(exc, Overloaded) else 0.0
     body = wire.Problem(
         error=type(exc).__name__,
         reason=exc.message,
         item=-1 if exc.item is None else exc.item,
-        retry_after_s=exc.retry_after_s if isinstance(exc, Overloaded) else 0.0,
+        retry_after_s=retry_after_s,
     )
-    return Response(wire.encode(body), status_code=exc.status, media_type=wire.MEDIA_TYPE)
+    return Response(
+        wire.encode(body),
+        status_code=exc.status,
+        headers={"retry-after": str(math.ceil(retry_after_s))} if retry_after_s else None,
+        media_type=wire.MEDIA_TYPE,
+    )
 
 
 async def cancel_and_wait(*tasks: asyncio.Task[None]) -> None:
