@@ -124,6 +124,7 @@ class Check:
             engine=EngineConfig(kv_mib=64, threads=0 if device == "cuda" else 1),
             landing=LandingConfig(landing_mib=64),
             start_timeout=100.0,
+            compile=False,
             log_folder=logs,
         )
         begin = time.monotonic()

@@ -233,6 +233,8 @@ class ServeConfig:
     landing: tyro.conf.OmitArgPrefixes[LandingConfig] = field(default_factory=LandingConfig)
     pool_mib: int = 64
     """MiB of each encoder's pool."""
+    compile: bool = True
+    """Compile the encoders' vision blocks, at start. On a CPU they are never compiled."""
     allow_private_media: bool = False
     """Fetch images from loopback and private addresses too (tests and closed networks)."""
     allowed_media_root: Path | None = None

@@ -85,7 +85,13 @@ def role_configs(config: ServeConfig) -> dict[str, list[Any]]:
         router=router_url(config), transport=config.transport, parent_pipe=config.parent_pipe
     )
     model, engine, landing = config.model, config.engine, config.landing
-    encoder = EncoderConfig(model, network, pool_mib=config.pool_mib, threads=engine.threads)
+    encoder = EncoderConfig(
+        model,
+        network,
+        pool_mib=config.pool_mib,
+        threads=engine.threads,
+        compile=config.compile,
+    )
     roles: dict[str, list[Any]] = {"router": [router], "encoder": [encoder] * config.encoders}
     if config.topology == "E/P/D":
         roles["prefill"] = [PrefillConfig(model, network, engine, landing)] * config.prefills

@@ -96,7 +96,9 @@ class Cluster:
         parts: dict[str, Any] = {"network": network, "timeouts": self.timeouts}
         for _ in range(self.encoders):
             self.stages.append(
-                encoder.create(EncoderConfig(model, threads=1, pool_mib=8, **parts), SECRETS)
+                encoder.create(
+                    EncoderConfig(model, threads=1, pool_mib=8, compile=False, **parts), SECRETS
+                )
             )
         if self.topology == "E/P/D":
             self.stages.append(

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -69,6 +69,14 @@ def prepare(
     decoded = time.time()
     inputs = model.stage(processor.preprocess(pixels, image.images_in_request))
     return Prepared(inputs, began, decoded, time.time())
+
+
+def media_threads(count: int, device: torch.device) -> ThreadPoolExecutor:
+    """Threads for ``prepare``."""
+    # Each works on an image of its own: beside a GPU their tensor operations start no threads
+    # besides. On a CPU the limit would reach the model's own threads as well.
+    limit = (torch.set_num_threads, (1,)) if device.type != "cpu" else (None, ())
+    return ThreadPoolExecutor(count, "encoder-media", *limit)
 
 
 def preparation_error(cause: BaseException) -> TriptychError:

@@ -14,7 +14,7 @@ import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 
 from triptych import wire
@@ -28,6 +28,7 @@ from triptych.encoder.runner import (
     Prepared,
     RawImage,
     Runner,
+    media_threads,
     preparation_error,
     prepare,
     warm_up_batches,
@@ -92,7 +93,7 @@ class EncoderService:
             preparers=config.media_threads,
         )
         counts.export_queue(self._scheduler)
-        self._media = ThreadPoolExecutor(config.media_threads, thread_name_prefix="encoder-media")
+        self._media = media_threads(config.media_threads, model.device)
         self._warm_up_batches = partial(warm_up_batches, model, processor, config.batch_patches)
         self._runner = Runner(model, region, self._from_runner, config.threads)
         self._running = False

@@ -55,14 +55,14 @@ class VisionModel:
     def stage(self, item: Item) -> Item:
         """The item as ``encode`` takes it soonest: in the model's dtype and, for a GPU, in
         page-locked memory. From any thread."""
-        staged = {}
-        for name, value in item.items():
-            if value.is_floating_point():
-                value = value.to(self.dtype)
-                if self.device.type == "cuda":
-                    value = value.pin_memory()
-            staged[name] = value
-        return staged
+        return {name: self._staged(value) for name, value in item.items()}
+
+    def _staged(self, value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        if self.device.type == "cpu":
+            return value.to(self.dtype)
+        return torch.empty(value.shape, dtype=self.dtype, pin_memory=True).copy_(value)
 
     def encode(self, batch: Sequence[Item]) -> list[Tensor]:
         """The embedding of each item, (planes, rows, width) contiguous, in the model's dtype.
