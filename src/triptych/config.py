@@ -233,8 +233,6 @@ class ServeConfig:
     landing: tyro.conf.OmitArgPrefixes[LandingConfig] = field(default_factory=LandingConfig)
     pool_mib: int = 64
     """MiB of each encoder's pool."""
-    compile: bool = True
-    """Compile the encoders' vision blocks, at start. On a CPU they are never compiled."""
     allow_private_media: bool = False
     """Fetch images from loopback and private addresses too (tests and closed networks)."""
     allowed_media_root: Path | None = None
@@ -245,6 +243,8 @@ class ServeConfig:
     """Folder of the children's logs; by default a temporary one, named at start."""
     parent_pipe: int = -1
     """File descriptor that closes when the launching process is gone; -1: none."""
+    compile: bool = True
+    """Compile the encoders' vision blocks, at start. On a CPU they are never compiled."""
 
 
 @dataclass(frozen=True)

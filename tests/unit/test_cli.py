@@ -47,6 +47,8 @@ TIMEOUTS = Timeouts(connect=1.5, lease=99.0)
         ("router", RouterConfig(MODEL, served_name="x y", allow_private_media=True)),
         ("router", RouterConfig(MODEL, limits=MediaLimits(1, 2, 3), timeouts=TIMEOUTS)),
         ("encoder", EncoderConfig(MODEL, NETWORK, MediaLimits(4, 5, 6), TIMEOUTS, 7, 8, 9, 10, 11)),
+        ("encoder", EncoderConfig(MODEL, compile=False, compile_cache=Path("/c"))),
+        ("serve", ServeConfig(MODEL, compile=False)),
         ("prefill", PrefillConfig(MODEL, NETWORK, ENGINE, LANDING, TIMEOUTS)),
         ("decode", DecodeConfig(MODEL, NETWORK, ENGINE, TIMEOUTS)),
         ("language", LanguageConfig(MODEL, NETWORK, ENGINE, LANDING, TIMEOUTS)),
