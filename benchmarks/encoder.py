@@ -31,7 +31,7 @@ from encoder_plain import FULL_HD, SMALL, Pictures, Plain, make_model, rate
 from rich.console import Console
 from rich.table import Table
 
-from triptych.config import Dtype, EncoderConfig
+from triptych.config import Dtype, EncoderConfig, NetworkConfig
 from triptych.errors import TriptychError
 
 
@@ -266,6 +266,7 @@ async def measure(config: Config, folder: Path) -> dict[str, Any]:
         figures.add(f"plain loop, {name}, with reading and preprocessing", everything, "images/s")
     encoder_config = EncoderConfig(
         model,
+        NetworkConfig(transport="http"),  # nobody reads the bytes
         pool_mib=8192 if config.on_gpu else 256,
         media_threads=config.media_threads or (16 if config.on_gpu else 2),
         threads=config.threads,

@@ -124,19 +124,18 @@ class EncodeScheduler:
     def next_batch(self) -> list[int]:
         """The images of the next forward: the one whose turn it is, and what still fits beside it.
 
-        Beside images of short requests, those of long ones (more than half a batch) take no more
-        room than they: a short request waits for no forward that is full of others' work.
+        While there are images of short requests, those of long ones (more than half a batch) do
+        not fill it up: a short request waits for no forward that is full of others' work.
         """
         ready = sorted(self._in_phase[Phase.PREPARED].values(), key=lambda work: work.order)
+        any_short = any(not work.long for work in ready)
         room = self._batch_patches
-        room_for_long = sum(work.patches for work in ready if not work.long) or room
         batch: list[int] = []
         for work in ready:
-            if batch and work.patches > (min(room, room_for_long) if work.long else room):
+            if batch and (work.patches > room or (work.long and any_short)):
                 continue
             batch.append(work.number)
             room -= work.patches
-            room_for_long -= work.patches if work.long else 0
             self._begun_patches += work.patches
             self._advance(work, Phase.RUNNING)
             self._unqueue(work)
