@@ -64,6 +64,7 @@ class VisionModel:
             return value.to(self.dtype)
         return torch.empty(value.shape, dtype=self.dtype, pin_memory=True).copy_(value)
 
+    @torch.inference_mode()
     def encode(self, batch: Sequence[Item]) -> list[Tensor]:
         """The embedding of each item, (planes, rows, width) contiguous, in the model's dtype.
 
