@@ -58,8 +58,8 @@ class VisionModel:
         return {name: self._staged(value) for name, value in item.items()}
 
     def _staged(self, value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value
+        if not value.is_floating_point() or value.device.type == "cuda":
+            return value  # was preprocessed there; the engine's stream casts it
         if self.device.type == "cpu":
             return value.to(self.dtype)
         return torch.empty(value.shape, dtype=self.dtype, pin_memory=True).copy_(value)
