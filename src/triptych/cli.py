@@ -16,7 +16,7 @@ import tyro
 import uvloop
 
 from triptych import config as c
-from triptych import launch, single
+from triptych import launch, options, single
 from triptych.errors import ConfigError, TriptychError, UnsupportedModel
 from triptych.eval.config import EvalConfig
 from triptych.observe import log
@@ -78,7 +78,7 @@ def run(config: Any) -> int:
     Raises ConfigError and UnsupportedModel for what cannot start, other TriptychErrors for what
     could not go on.
     """
-    c.check(config)
+    options.check(config)
     if isinstance(config, c.DemoConfig):
         demo = importlib.import_module("triptych.demo.run")
         return int(asyncio.run(demo.run(config)))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -63,7 +63,7 @@ class Timeouts:
     rpc: float = 10.0
     """A control request between roles, from its last byte to the answer."""
     media: float = 10.0
-    """Fetching one image from a URL."""
+    """Fetching one image or video from a URL."""
     request: float = 600.0
     """A whole request, whatever it is doing."""
     worker: float = 20.0
@@ -121,12 +121,20 @@ class LandingConfig:
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """What an image may be."""
+    """Of a file, its pixels, a video's sampled frames; and how many files of a request."""
 
     max_bytes: int = 32 * MIB
+    max_video_bytes: int = 128 * MIB
     max_pixels: int = 64_000_000
+    max_frame_pixels: int = 4096 * 2304
     max_images: int = 64
-    """Most images of one request."""
+    max_videos: int = 8
+    max_video_s: float = 3600.0
+    """Seconds that a video may last."""
+    max_frames: int = 768
+    """Most frames of a video that are sampled and encoded."""
+    decode_s: float = 30.0
+    """For reading what a video is, and again for decoding its frames."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,7 @@ class RouterConfig:
     served_name: str | None = None
     """Name of the model in the API; by default what was given on the command line."""
     allowed_media_root: Path | None = None
-    """Folder below which ``file://`` images may be read; none by default."""
+    """Folder below which ``file://`` URLs may be read; none by default."""
     allow_private_media: bool = False
     """Fetch images from loopback and private addresses too (tests and closed networks)."""
     limits: MediaLimits = field(default_factory=MediaLimits)
@@ -156,7 +164,7 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Vision tower and projector: images in, embeddings out."""
+    """Vision tower and projector: images and videos in, embeddings out."""
 
     model: tyro.conf.OmitArgPrefixes[ModelConfig]
     network: tyro.conf.OmitArgPrefixes[NetworkConfig] = field(default_factory=NetworkConfig)
@@ -169,7 +177,7 @@ class EncoderConfig:
     queue_patches: int = 1_000_000
     """Most vision patches waiting; more are refused with 429."""
     media_threads: int = 2
-    """Threads that decode and preprocess images."""
+    """Threads that decode and preprocess images and videos."""
     threads: int = 0
     """CPU threads of the model's operations; 0: torch's default."""
     compile: bool = True
@@ -236,7 +244,7 @@ class ServeConfig:
     allow_private_media: bool = False
     """Fetch images from loopback and private addresses too (tests and closed networks)."""
     allowed_media_root: Path | None = None
-    """Folder below which ``file://`` images may be read; none by default."""
+    """Folder below which ``file://`` URLs may be read; none by default."""
     start_timeout: float = 180.0
     """Seconds until every child must be ready."""
     log_folder: Path | None = None
@@ -311,44 +319,6 @@ class BenchConfig:
             | Annotated[BenchPlotConfig, tyro.conf.subcommand("plot")]
         ]
     ]
-
-
-def check(config: Any, where: str = "") -> None:
-    """Refuse what no field's type can refuse. Called once, before a role starts.
-
-    ``config``: any of the dataclasses above. Raises ConfigError naming the option.
-    """
-    for item in fields(config):
-        value, name = getattr(config, item.name), f"{where}{item.name.replace('_', '-')}"
-        if is_dataclass(value):
-            check(value, "timeouts." if item.name == "timeouts" else where)
-        elif item.name in _AT_LEAST_ONE and value < 1:
-            raise ConfigError(f"--{name} must be at least 1, not {value}")
-        elif item.name == "port" and not 0 <= value <= 65535:
-            raise ConfigError(f"--{name} must be between 0 and 65535, not {value}")
-        elif type(value) is int and value < 0 and item.name != "parent_pipe":
-            raise ConfigError(f"--{name} must not be negative, but is {value}")
-        elif type(value) is float and value <= 0:
-            raise ConfigError(f"--{name} must be positive, not {value}")
-    if isinstance(config, Timeouts):
-        if config.lease <= config.transfer:
-            raise ConfigError(
-                f"--timeouts.lease ({config.lease} s) must be longer than --timeouts.transfer "
-                f"({config.transfer} s): memory must stay leased while it may still be read"
-            )
-        if config.silence <= config.heartbeat:
-            raise ConfigError(
-                f"--timeouts.silence ({config.silence} s) must be longer than "
-                f"--timeouts.heartbeat ({config.heartbeat} s)"
-            )
-
-
-_AT_LEAST_ONE = {
-    "batch_patches", "block_size", "chunk_tokens", "concurrency", "decodes", "encoders", "kv_mib",
-    "landing_mib", "languages", "max_body_mib", "max_bytes", "max_images", "max_pixels",
-    "max_requests", "max_sequences", "max_tokens", "media_threads", "pool_mib", "prefills",
-    "queue_patches", "repeats",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

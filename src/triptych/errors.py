@@ -6,6 +6,7 @@
     ├── ClientError            the request is at fault; sending it again will not help        4xx
     │   ├── BadRequest         a field is missing, unknown, of the wrong type or out of range 400
     │   ├── BadMedia           an image cannot be fetched, read or accepted                   400
+    │   │   └── BadVideo       or a video                                                     400
     │   ├── PromptTooLong      prompt and answer do not fit the model or the pools            400
     │   ├── Unauthorized       the API key is missing or wrong                                401
     │   └── UnknownModel       the model asked for is not the one served                      404
@@ -42,7 +43,7 @@ class TriptychError(Exception):
         self.param = param
         """JSON path of the request field at fault, as in ``messages[0].content[1].image_url``."""
         self.item = item
-        """Index of the image at fault among the request's images, from 0."""
+        """Index of the item (image or video) at fault among the request's, from 0."""
 
 
 class ClientError(TriptychError):
@@ -56,6 +57,10 @@ class BadRequest(ClientError):
 
 class BadMedia(ClientError):
     code = "invalid_image"
+
+
+class BadVideo(BadMedia):
+    code = "invalid_video"
 
 
 class PromptTooLong(ClientError):

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
+
+Kind = Literal["image", "video"]
+"""Of an item: what a request has besides text."""
+KINDS: tuple[Kind, ...] = ("image", "video")
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -25,14 +31,14 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ItemMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the prompt and the consumer need to know of one image before its pixels are encoded."""
+    """What the prompt and the consumer need to know of one item before its pixels are encoded."""
 
     key: str
-    """Content key (hex): raw bytes, processor settings and backend, model, dtype, context."""
+    """Content key (hex): kind, raw bytes, processor settings and backend, model, dtype, context."""
     text: str
-    """The expanded placeholder that replaces the image's marker in the rendered prompt."""
+    """The expanded placeholder that replaces the item's marker in the rendered prompt."""
     rows: int
-    """Embedding rows: how often the image token occurs in ``text`` once tokenized."""
+    """Embedding rows: how often the token of a row occurs in ``text`` once tokenized."""
     grid: tuple[int, int, int] | None
     """(t, h, w) in patches for models with M-RoPE, else None."""
     planes: int
@@ -41,6 +47,9 @@ class ItemMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Hidden size of the language model."""
     dtype: str
     """"float32" | "bfloat16" | "float16"."""
+    kind: Kind = "image"
+    second_per_grid: float | None = None
+    """Seconds between two steps of a video's ``t``, for models whose positions count time."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -82,7 +91,7 @@ class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str = ""
     pid: int = 0
     item: int = -1
-    """Image index in the request; -1 when the span is about the request."""
+    """Item index in the request; -1 when the span is about the request."""
     nbytes: int = 0
     transport: str = ""
     note: str = ""

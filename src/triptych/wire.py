@@ -22,9 +22,9 @@ from typing import TypeVar
 import msgspec
 
 from triptych.refs import AnyRef, EmbeddingRef, KVLayout, KVRef
-from triptych.request import ItemMeta, Sampling, Span, TokenEvent
+from triptych.request import ItemMeta, Kind, Sampling, Span, TokenEvent
 
-VERSION = 2
+VERSION = 3
 """Of this file's messages. Peers of another version are refused at hello, both named."""
 MAX_FRAME = 16 << 20
 """Bytes of the largest channel frame."""
@@ -267,6 +267,7 @@ class EncodeItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """SHA-256 of the raw bytes (hex)."""
     data: bytes | None = None
     """The raw file; None asks whether it is known already."""
+    kind: Kind = "image"
 
 
 class EncodeRequest(Message, frozen=True, tag="encode"):
@@ -304,7 +305,7 @@ class PrefillRequest(Message, frozen=True, tag="prefill"):
 
     request_id: str
     token_ids: tuple[int, ...]
-    """The prompt; each item's rows are the next ``rows`` occurrences of the image token."""
+    """The prompt; each item's rows are the next ``rows`` tokens that stand for rows."""
     items: tuple[PrefillItem, ...]
     sampling: Sampling
     resumed: tuple[int, ...] = ()

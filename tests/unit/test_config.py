@@ -14,11 +14,11 @@ from triptych.config import (
     Secrets,
     ServeConfig,
     Timeouts,
-    check,
     environment_of_children,
     secrets_from_environment,
 )
 from triptych.errors import ConfigError
+from triptych.options import check
 
 MODEL = ModelConfig("some/model")
 SECRET = "0123456789abcdef"

@@ -1,4 +1,4 @@
-"""One image on its way from a draft to an embedding in a slot, as the service keeps it."""
+"""One item on its way from a draft to an embedding in a slot, as the service keeps it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from triptych import wire
-from triptych.encoder.runner import BatchResult, Job, Prepared, RawImage
+from triptych.encoder.runner import BatchResult, Job, Prepared, RawImage, RawVideo
 from triptych.errors import TriptychError
 from triptych.request import ItemMeta, Span
 from triptych.transfer.pool import Extent
@@ -15,11 +15,11 @@ from triptych.transfer.pool import Extent
 
 @dataclass(frozen=True)
 class Draft:
-    """An image that is not in the pool: what it will be, and what it will cost."""
+    """An item that is not in the pool: what it will be, and what it will cost."""
 
     meta: ItemMeta
     patches: int
-    image: RawImage
+    raw: RawImage | RawVideo
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Embedding:
     cached: bool = False
     """Full; lent from the pool from now on."""
     failed: bool = False
-    image: RawImage | None = None
+    raw: RawImage | RawVideo | None = None
     """Until a media thread has it."""
     preparing: Future[Prepared] | None = None
     prepared: Prepared | None = None
@@ -41,15 +41,15 @@ class Embedding:
     arrived: float = field(default_factory=time.time)
     """Wall-clock seconds."""
     waiters: list[tuple[str, int]] = field(default_factory=list)
-    """(request id, image index) of those who are told how it went."""
+    """(request id, item index) of those who are told how it went."""
 
     def job(self) -> Job:
-        """For the forward; the image has been prepared."""
+        """For the forward; the item has been prepared."""
         assert self.prepared is not None, "an embedding was prepared before it was encoded"
         return Job(self.slot, self.prepared.inputs, self.extent.offset, self.meta.shape)
 
     def failures(self, error: TriptychError) -> list[wire.Failed]:
-        """What the router is told about everyone who waits for this image."""
+        """What the router is told about everyone who waits for this item."""
         return [
             wire.Failed(
                 request_id=request,
@@ -63,7 +63,7 @@ class Embedding:
         ]
 
     def spans(self, result: BatchResult, index: int) -> list[Span]:
-        """Where the time went, once the embedding is in its slot; for image ``index``."""
+        """Where the time went, once the embedding is in its slot; for item ``index``."""
         prepared = self.prepared
         assert prepared is not None, "an embedding was prepared before it was encoded"
         steps = (

@@ -16,14 +16,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from triptych.config import MediaLimits
 from triptych.errors import BadMedia, TriptychError, UnsupportedModel
+from triptych.media.clips import VideoPlan
 from triptych.media.image import ImageHeader, decode
 from triptych.media.processor import Processor
+from triptych.media.video import VideoHeader
+from triptych.media.video import decode as decode_video
 from triptych.models.stream import Stream, drain
 from triptych.models.vision import Item, VisionModel
 from triptych.transfer.region import BaseRegion
@@ -46,29 +50,51 @@ class RawImage:
 
 
 @dataclass(frozen=True)
+class RawVideo:
+    """A video as it came, and what was promised of it."""
+
+    data: bytes
+    digest: str
+    header: VideoHeader
+    plan: VideoPlan
+
+
+@dataclass(frozen=True)
 class Prepared:
     inputs: dict[str, Tensor]
-    """The model's vision inputs of this image."""
+    """The model's vision inputs of this item."""
     began: float
     decoded: float
     preprocessed: float
-    """Wall-clock seconds at the end of each step."""
+    """Wall-clock seconds at the end of each step; a video's frames are preprocessed one by one as
+    they are decoded, which counts as decoding."""
 
 
 def prepare(
-    image: RawImage, processor: Processor, limits: MediaLimits, model: VisionModel
+    item: RawImage | RawVideo, processor: Processor, limits: MediaLimits, model: VisionModel
 ) -> Prepared:
     """Check, decode, preprocess, and lay ready for the model. Raises BadMedia."""
     began = time.time()
-    if hashlib.sha256(image.data).hexdigest() != image.digest:
-        raise BadMedia("the image's bytes do not have the hash that they were sent with")
+    if hashlib.sha256(item.data).hexdigest() != item.digest:
+        raise BadMedia("the bytes do not have the hash that they were sent with")
+    if isinstance(item, RawVideo):
+        # Frame by frame: only what the model sees of one stays in memory.
+        frames = decode_video(item.data, item.header, item.plan.indices, limits)
+        inputs = processor.preprocess_video(frames, item.plan)
+        decoded = time.time()
+    else:
+        pixels = _pixels(item, limits)
+        decoded = time.time()
+        inputs = processor.preprocess(pixels, item.images_in_request)
+    return Prepared(model.stage(inputs), began, decoded, time.time())
+
+
+def _pixels(image: RawImage, limits: MediaLimits) -> Image.Image:
     pixels = decode(image.data, limits)
     promised = (image.header.width, image.header.height)
     if pixels.size != promised:
         raise BadMedia(f"the image's header says {promised}, its pixels are {pixels.size}")
-    decoded = time.time()
-    inputs = model.stage(processor.preprocess(pixels, image.images_in_request))
-    return Prepared(inputs, began, decoded, time.time())
+    return pixels
 
 
 def media_threads(count: int, device: torch.device) -> ThreadPoolExecutor:
@@ -83,8 +109,8 @@ def preparation_error(cause: BaseException) -> TriptychError:
     """Why ``prepare`` failed, as an error of the tree."""
     if isinstance(cause, TriptychError):
         return cause
-    logger.error("preparing an image failed", exc_info=cause)
-    return TriptychError(f"the image cannot be prepared ({type(cause).__name__})")
+    logger.error("preparing an item failed", exc_info=cause)
+    return TriptychError(f"it cannot be prepared ({type(cause).__name__})")
 
 
 # ------------------------------------------------------------------ engine thread
@@ -92,7 +118,7 @@ def preparation_error(cause: BaseException) -> TriptychError:
 
 @dataclass(frozen=True)
 class Job:
-    """One image of a batch and where its embedding goes."""
+    """One item of a batch and where its embedding goes."""
 
     slot: int
     inputs: dict[str, Tensor]
@@ -185,7 +211,7 @@ class Runner:
             # Peers read the slots without asking the device: they hear of them after this.
             return BatchResult(slots, began, encoded(), copied(), errors)
         except Exception as exc:  # engine thread's boundary: a batch fails by name, work goes on
-            logger.exception("a forward of %d images failed", len(batch))
+            logger.exception("a forward of %d items failed", len(batch))
             drain(self._model.device)
             error = TriptychError(f"the vision model failed: {type(exc).__name__}: {exc}")
             now = time.time()
@@ -222,15 +248,33 @@ def warm_up_batches(
 
 
 def self_check(model: VisionModel, processor: Processor) -> None:
-    """Encode one small image and compare with what was planned. Raises UnsupportedModel."""
+    """Encode one small image and compare with what was planned. Raises UnsupportedModel.
+
+    The same with a small video, where videos are taken: a model that gets it wrong takes none.
+    """
     image = Image.new("RGB", (96, 64), (127, 64, 32))
     header = ImageHeader(image.width, image.height, "PNG")
     for images_in_request in (1, 2):
         plan = processor.plan(header, images_in_request)
-        (embedding,) = model.encode([processor.preprocess(image, images_in_request)])
-        planned = (model.planes, plan.rows, model.width)
-        if tuple(embedding.shape) != planned:
-            raise UnsupportedModel(
-                f"the vision model makes {tuple(embedding.shape)} of a {image.width}x"
-                f"{image.height} image where its processor plans {planned}"
-            )
+        _compare(model, processor.preprocess(image, images_in_request), plan.rows)
+    if not processor.takes_videos:
+        return
+    frames = np.zeros((4, image.height, image.width, 3), np.uint8)
+    video = processor.plan_video(
+        VideoHeader(image.width, image.height, len(frames), fps=2.0), MediaLimits()
+    )
+    try:
+        inputs = processor.preprocess_video((frames[i] for i in video.indices), video)
+        _compare(model, inputs, video.rows)
+    except UnsupportedModel as error:
+        logger.warning("no videos: %s", error)
+        processor.refuse_videos(error)
+
+
+def _compare(model: VisionModel, inputs: dict[str, Tensor], rows: int) -> None:
+    (embedding,) = model.encode([inputs])
+    planned = (model.planes, rows, model.width)
+    if tuple(embedding.shape) != planned:
+        raise UnsupportedModel(
+            f"the vision model makes {tuple(embedding.shape)} where its processor plans {planned}"
+        )

@@ -88,7 +88,7 @@ class EncodeScheduler:
         if self._queued_patches + patches > self._queue_patches:
             raise Overloaded(f"more than {self._queue_patches} vision patches wait to be encoded")
         if self._queued_nbytes + nbytes > self._queue_nbytes:
-            raise Overloaded(f"more than {self._queue_nbytes} bytes of images wait to be encoded")
+            raise Overloaded(f"more than {self._queue_nbytes} bytes of files wait to be encoded")
 
     def add(self, number: int, patches: int, nbytes: int, request_patches: int) -> None:
         """``request_patches``: of all images that came with this one."""

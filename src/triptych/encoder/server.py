@@ -1,4 +1,4 @@
-"""The encoder worker: images in, embeddings in a pool that consumers read.
+"""The encoder worker: images and videos in, embeddings in a pool that consumers read.
 
 ``service.py`` tells the life of an image; this file joins it to the worker's shell.
 """

@@ -1,4 +1,4 @@
-"""The encoder's life of an image, on the event loop: from its digest to an embedding in a slot.
+"""The encoder's life of an item, on the event loop: from its digest to an embedding in a slot.
 
 ``encode`` answers as soon as the header is read and a slot is set aside: nothing there decodes,
 hashes or computes. What follows is told by the methods in their order: ``_start`` queues the
@@ -10,7 +10,6 @@ again.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,10 +22,10 @@ from triptych.encoder import counts
 from triptych.encoder.admission import Admission
 from triptych.encoder.cache import EmbeddingCache
 from triptych.encoder.embedding import Draft, Embedding
+from triptych.encoder.planner import Planner
 from triptych.encoder.runner import (
     BatchResult,
     Prepared,
-    RawImage,
     Runner,
     media_threads,
     preparation_error,
@@ -34,13 +33,12 @@ from triptych.encoder.runner import (
     warm_up_batches,
 )
 from triptych.encoder.scheduler import EncodeScheduler
-from triptych.errors import ClientError, PromptTooLong, TriptychError
-from triptych.media.image import read_header
+from triptych.errors import ClientError, TriptychError
 from triptych.media.processor import Processor
 from triptych.models.vision import VisionModel
 from triptych.observe.metrics import export_usage
 from triptych.refs import EmbeddingRef
-from triptych.request import ItemMeta, Span
+from triptych.request import Span
 from triptych.transfer.pool import Extent, Pool
 from triptych.transfer.producer import Producer
 from triptych.transfer.region import BaseRegion
@@ -69,7 +67,6 @@ class EncoderService:
         """``producer(on_idle)`` makes the producer; ``report`` and ``spans`` tell the router."""
         self._limits = config.limits
         self._timeouts = config.timeouts
-        self._identity = identity
         self._processor = processor
         self._model = model
         self._report = report
@@ -84,6 +81,7 @@ class EncoderService:
             on_pressure=self._relieve,
         )
         export_usage("embeddings", self.pool)
+        self._planner = Planner(identity, processor, model, config.limits, self.pool.nbytes)
         self._admission = Admission(self.pool, config.timeouts.pool)
         self.cache = EmbeddingCache()
         self._scheduler = EncodeScheduler(
@@ -120,18 +118,19 @@ class EncoderService:
     # ------------------------------------------------------------------ the router's calls
 
     async def encode(self, message: wire.EncodeRequest, session_id: str) -> wire.EncodeResponse:
-        """``POST /encode``. Waits only when the pool is full.
+        """``POST /encode``. Waits for the headers of videos, and when the pool is full.
 
         An item at fault is answered with its error; the request fails as a whole by Overloaded
         (queue, or no room within ``timeouts.pool``), PromptTooLong (never any room) or Cancelled,
         and then holds nothing here.
         """
         request = message.request_id
+        headers = await self._planner.video_headers(message)
         answers: dict[int, wire.EncodedItem] = {}
         drafts: dict[str, Draft] = {}
         indexes: defaultdict[str, list[int]] = defaultdict(list)
         for item in message.items:
-            key = self._key(item.digest, message.images_in_request)
+            key = self._planner.key(item, message.images_in_request)
             slot = self.cache.find(key)
             if slot is not None:
                 answers[item.index] = self._lend(slot, item.index, request, session_id)
@@ -141,7 +140,7 @@ class EncoderService:
                 indexes[key].append(item.index)
             else:
                 try:
-                    drafts[key] = self._draft(key, item.digest, item.data, message)
+                    drafts[key] = self._planner.draft(key, item, message, headers)
                     indexes[key].append(item.index)
                 except ClientError as exc:
                     counts.refused(exc)
@@ -178,39 +177,6 @@ class EncoderService:
 
     # ------------------------------------------------------------------ before the answer
 
-    def _key(self, digest: str, images_in_request: int) -> str:
-        """Everything that decides the bytes of an embedding, and nothing else."""
-        facts = (
-            "image",
-            digest,
-            self._identity.fingerprint,
-            self._identity.dtype,
-            self._processor.backend,
-            self._processor.fingerprint,
-            self._processor.context(images_in_request),
-        )
-        return hashlib.sha256("\0".join(facts).encode()).hexdigest()
-
-    def _draft(self, key: str, digest: str, data: bytes, message: wire.EncodeRequest) -> Draft:
-        """Raises BadMedia."""
-        header = read_header(data, self._limits)
-        plan = self._processor.plan(header, message.images_in_request)
-        meta = ItemMeta(
-            key=key,
-            text=plan.text,
-            rows=plan.rows,
-            grid=plan.grid,
-            planes=self._model.planes,
-            width=self._model.width,
-            dtype=self._identity.dtype,
-        )
-        if meta.nbytes > self.pool.nbytes:
-            raise PromptTooLong(
-                f"the image's embedding has {meta.nbytes} bytes, the pool {self.pool.nbytes}"
-            )
-        image = RawImage(data, digest, header, message.images_in_request)
-        return Draft(meta, plan.patches, image)
-
     async def _room(self, drafts: list[Draft], request: str) -> list[Extent]:
         """One extent per draft."""
         self._admission.check(request)
@@ -219,7 +185,7 @@ class EncoderService:
         with counts.refusals_of("queue"):
             self._scheduler.check_room(
                 sum(draft.patches for draft in drafts),
-                sum(len(draft.image.data) for draft in drafts),
+                sum(len(draft.raw.data) for draft in drafts),
             )
         with counts.refusals_of("pool"):
             return await self._admission.take([draft.meta.nbytes for draft in drafts], request)
@@ -233,8 +199,8 @@ class EncoderService:
         session_id: str,
         together: int,
     ) -> tuple[int, wire.EncodedItem]:
-        """A new slot for an image; its way to the engine begins. ``together``: patches of all the
-        images that come with it."""
+        """A new slot for an item; its way to the engine begins. ``together``: patches of all the
+        items that come with it."""
         meta = draft.meta
         ref = self.producer.lend_embedding(
             wire.Piece(extent.offset, meta.nbytes),
@@ -244,12 +210,12 @@ class EncoderService:
             holder=session_id,
             request_id=request,
         )
-        embedding = Embedding(ref.slot, meta, extent, draft.patches, image=draft.image)
+        embedding = Embedding(ref.slot, meta, extent, draft.patches, raw=draft.raw)
         counts.looked_up("miss")
         embedding.waiters.append((request, index))
         self._embeddings[ref.slot] = embedding
         self.cache.add(meta.key, ref.slot)
-        self._scheduler.add(ref.slot, draft.patches, len(draft.image.data), together)
+        self._scheduler.add(ref.slot, draft.patches, len(draft.raw.data), together)
         return ref.slot, wire.EncodedItem(index, meta=meta, ref=ref)
 
     def _lend(self, slot: int, index: int, request: str, session_id: str) -> wire.EncodedItem:
@@ -270,9 +236,9 @@ class EncoderService:
             return
         while (slot := self._scheduler.next_to_prepare()) is not None:
             embedding = self._embeddings[slot]
-            image, embedding.image = embedding.image, None
-            assert image is not None, "an image is prepared once"
-            future = self._media.submit(prepare, image, self._processor, self._limits, self._model)
+            raw, embedding.raw = embedding.raw, None
+            assert raw is not None, "an item is prepared once"
+            future = self._media.submit(prepare, raw, self._processor, self._limits, self._model)
             future.add_done_callback(partial(self._from_media, slot))
             embedding.preparing = future
         if not self._running and (batch := self._scheduler.next_batch()):
@@ -333,7 +299,7 @@ class EncoderService:
         embedding.prepared = None
 
     def _fail(self, embedding: Embedding, cause: BaseException) -> None:
-        """This image alone has failed; those who wait for it are told, the key is free again."""
+        """This item alone has failed; those who wait for it are told, the key is free again."""
         error = preparation_error(cause)
         embedding.failed = True
         embedding.prepared = None

@@ -207,7 +207,7 @@ class Engine:
             )
         self._check_ids((*message.token_ids, *resumed))
         items, row_positions = locate_items(
-            message.token_ids, self.model.image_token_id, message.items
+            message.token_ids, self.model.row_token_ids, message.items
         )
         sequence = Sequence(
             request_id=request_id,
@@ -290,9 +290,9 @@ class Engine:
 
     def _check_ids(self, token_ids: Iterable[int]) -> None:
         """An id outside the vocabulary would fail the whole step, on some devices the process."""
-        known, image = range(self.model.vocab_size), self.model.image_token_id
+        known, rows = range(self.model.vocab_size), self.model.row_token_ids
         for token in token_ids:
-            if token not in known and token != image:
+            if token not in known and token not in rows:
                 raise BadRequest(f"token {token} is not in the model's vocabulary")
 
     def _knows(self, request_id: str) -> bool:

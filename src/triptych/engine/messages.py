@@ -26,7 +26,7 @@ class AddRequest:
 
     request_id: str
     token_ids: tuple[int, ...]
-    """The prompt; each item's rows are the next ``rows`` occurrences of the image token."""
+    """The prompt; each item's rows are the next ``rows`` tokens that stand for rows."""
     items: tuple[ItemSpan, ...]
     sampling: Sampling
     keep_kv: bool = False

@@ -48,9 +48,15 @@ class Prompt:
         resumed: Seq[int] = (),
     ) -> Prompt:
         """``row_positions`` as from ``locate_items``; ``resumed``: tokens of the answer to compute
-        behind the prompt. Raises BadRequest if the images' grids do not agree with the tokens."""
-        grids = [span.grid for span in spans if span.grid is not None]
-        positions, next_position = model.positions(list(token_ids), grids)
+        behind the prompt. Raises BadRequest if the items' grids do not agree with the tokens."""
+        grids: dict[str, list[tuple[int, int, int]]] = {"image": [], "video": []}
+        for span in spans:
+            if span.grid is not None:
+                grids[span.kind].append(span.grid)
+        seconds = [s.second_per_grid for s in spans if s.second_per_grid is not None]
+        positions, next_position = model.positions(
+            list(token_ids), grids["image"], grids["video"], seconds
+        )
         answered = torch.arange(next_position, next_position + len(resumed))
         positions = torch.cat([positions, answered.expand(len(positions), -1)], 1)
         return cls(

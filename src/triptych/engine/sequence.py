@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence as Seq
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from triptych.errors import BadRequest
-from triptych.request import Sampling
+from triptych.request import ItemMeta, Kind, Sampling
 
 
 class Phase(enum.Enum):
@@ -29,11 +30,17 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 
 @dataclass(frozen=True, slots=True)
 class ItemSpan:
-    """An image as the prompt sees it."""
+    """An image or a video as the prompt sees it."""
 
     rows: int
     grid: tuple[int, int, int] | None
     """(t, h, w) in patches for models with M-RoPE, else None."""
+    kind: Kind = "image"
+    second_per_grid: float | None = None
+
+    @classmethod
+    def of(cls, meta: ItemMeta) -> ItemSpan:
+        return cls(meta.rows, meta.grid, meta.kind, meta.second_per_grid)
 
 
 @dataclass(slots=True)
@@ -122,18 +129,19 @@ class Sequence:
 
 
 def locate_items(
-    token_ids: Seq[int], image_token_id: int, spans: Seq[ItemSpan]
+    token_ids: Seq[int], row_token_ids: Set[int], spans: Seq[ItemSpan]
 ) -> tuple[tuple[Item, ...], list[int]]:
-    """Where each image's rows stand in the prompt, and the positions of all rows in order.
+    """Where each item's rows stand in the prompt, and the positions of all rows in order.
 
-    Raises BadRequest if the prompt has not exactly one image token for each row.
+    ``row_token_ids``: the tokens that stand for rows. Raises BadRequest if the prompt has not
+    exactly one of them for each row.
     """
-    row_positions = [i for i, token in enumerate(token_ids) if token == image_token_id]
+    row_positions = [i for i, token in enumerate(token_ids) if token in row_token_ids]
     n_rows = sum(span.rows for span in spans)
     if len(row_positions) != n_rows or any(span.rows < 1 for span in spans):
         raise BadRequest(
-            f"the prompt has {len(row_positions)} image tokens, its {len(spans)} images "
-            f"have {n_rows} rows"
+            f"the prompt has {len(row_positions)} tokens for rows, its {len(spans)} images and "
+            f"videos have {n_rows} rows"
         )
     items, first = [], 0
     for span in spans:

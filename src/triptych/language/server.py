@@ -44,7 +44,7 @@ class LanguageService:
             AddRequest(
                 request_id=message.request_id,
                 token_ids=message.token_ids,
-                items=tuple(ItemSpan(item.meta.rows, item.meta.grid) for item in message.items),
+                items=tuple(ItemSpan.of(item.meta) for item in message.items),
                 sampling=message.sampling,
                 keep_kv=False,
                 resumed=message.resumed,

@@ -1,4 +1,4 @@
-"""Bytes of an image from what a request names: data URI, http(s) URL or file. No torch.
+"""Bytes of an image or a video from what a request names: data URI, http(s) URL or file. No torch.
 
 A URL is the client's, the network is ours: a host name is resolved first, every address it has
 must be public, and the connection goes to an address that was checked, on every redirect again.
@@ -21,7 +21,6 @@ import pybase64
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from triptych.config import MediaLimits
 from triptych.errors import BadMedia
 
 MAX_REDIRECTS = 3
@@ -32,18 +31,18 @@ READ_NBYTES = 1 << 16
 INLINE_DECODE = 1 << 17
 """Characters of base64 up to which decoding on the event loop is cheaper than a thread."""
 NAT64 = IPv6Network("64:ff9b::/96")
-HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "triptych"}
+HEADERS = {"Accept": "image/*, video/*", "Accept-Encoding": "identity", "User-Agent": "triptych"}
 
 
 async def fetch(
     url: str,
     *,
-    limits: MediaLimits,
+    max_bytes: int,
     timeout_s: float,
     allow_private: bool = False,
     root: Path | None = None,
 ) -> bytes:
-    """The bytes that ``url`` names, at most ``limits.max_bytes``, within ``timeout_s``.
+    """The bytes that ``url`` names, at most ``max_bytes``, within ``timeout_s``.
 
     ``allow_private``: loopback and private addresses too. ``root``: folder below which ``file://``
     may read; None: nowhere. Raises BadMedia, naming the reason.
@@ -54,30 +53,30 @@ async def fetch(
     try:
         async with asyncio.timeout(timeout_s):
             if scheme == "data":
-                return await _from_data(url, limits)
+                return await _from_data(url, max_bytes)
             if scheme in ("http", "https"):
-                return await _from_http(url, limits, timeout_s, allow_private)
+                return await _from_http(url, max_bytes, timeout_s, allow_private)
             if scheme == "file":
-                return await asyncio.to_thread(_from_file, url, limits, root)
+                return await asyncio.to_thread(_from_file, url, max_bytes, root)
     except TimeoutError as exc:
-        raise BadMedia(f"the image did not arrive within {timeout_s:g} s") from exc
-    raise BadMedia("an image URL must start with data:, http:, https: or file:")
+        raise BadMedia(f"the file did not arrive within {timeout_s:g} s") from exc
+    raise BadMedia("the URL must start with data:, http:, https: or file:")
 
 
 # ------------------------------------------------------------------ data URIs
 
 
-async def _from_data(url: str, limits: MediaLimits) -> bytes:
+async def _from_data(url: str, max_bytes: int) -> bytes:
     head, comma, body = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise BadMedia("a data URI must read data:<type>;base64,<data>")
-    if len(body) // 4 * 3 > limits.max_bytes + 3:
-        raise BadMedia(f"the image is larger than {limits.max_bytes} bytes")
+    if len(body) // 4 * 3 > max_bytes + 3:
+        raise BadMedia(f"the file is larger than {max_bytes} bytes")
     if len(body) <= INLINE_DECODE:
         data = _strict_base64(body)
     else:
         data = await asyncio.to_thread(_strict_base64, body)
-    return _checked(data, limits)
+    return _checked(data, max_bytes)
 
 
 def _strict_base64(body: str) -> bytes:
@@ -87,18 +86,18 @@ def _strict_base64(body: str) -> bytes:
         raise BadMedia(f"the data URI is not valid base64 ({exc})") from exc
 
 
-def _checked(data: bytes, limits: MediaLimits) -> bytes:
+def _checked(data: bytes, max_bytes: int) -> bytes:
     if not data:
-        raise BadMedia("the image is empty")
-    if len(data) > limits.max_bytes:
-        raise BadMedia(f"the image is larger than {limits.max_bytes} bytes")
+        raise BadMedia("the file is empty")
+    if len(data) > max_bytes:
+        raise BadMedia(f"the file is larger than {max_bytes} bytes")
     return data
 
 
 # ------------------------------------------------------------------ files
 
 
-def _from_file(url: str, limits: MediaLimits, root: Path | None) -> bytes:
+def _from_file(url: str, max_bytes: int, root: Path | None) -> bytes:
     if root is None:
         raise BadMedia("file: URLs are not allowed here")
     parts = urlsplit(url)
@@ -113,7 +112,7 @@ def _from_file(url: str, limits: MediaLimits, root: Path | None) -> bytes:
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise BadMedia("the file is not a regular file")
-            return _checked(file.read(limits.max_bytes + 1), limits)
+            return _checked(file.read(max_bytes + 1), max_bytes)
     except (OSError, ValueError, RuntimeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "not a path"
         raise BadMedia(f"the file cannot be read: {reason}") from exc
@@ -175,7 +174,7 @@ def _embedded(address: IPv6Address) -> IPv4Address | IPv6Address:
     return address
 
 
-async def _from_http(url: str, limits: MediaLimits, timeout_s: float, allow_private: bool) -> bytes:
+async def _from_http(url: str, max_bytes: int, timeout_s: float, allow_private: bool) -> bytes:
     connector = aiohttp.TCPConnector(
         resolver=PublicResolver(allow_private), use_dns_cache=False, force_close=True
     )
@@ -188,22 +187,22 @@ async def _from_http(url: str, limits: MediaLimits, timeout_s: float, allow_priv
             auto_decompress=False,  # a limit on bytes must mean the bytes that are kept
             trust_env=False,
         ) as session:
-            return await _follow(session, url, limits, allow_private)
+            return await _follow(session, url, max_bytes, allow_private)
     except (aiohttp.ClientError, OSError, ValueError) as exc:
         if isinstance(exc, TimeoutError):
             raise
-        raise BadMedia(f"the image cannot be fetched: {_reason(exc)}") from exc
+        raise BadMedia(f"the file cannot be fetched: {_reason(exc)}") from exc
 
 
 async def _follow(
-    session: aiohttp.ClientSession, url: str, limits: MediaLimits, allow_private: bool
+    session: aiohttp.ClientSession, url: str, max_bytes: int, allow_private: bool
 ) -> bytes:
     target = URL(url)
     for _ in range(MAX_REDIRECTS + 1):
         _check_target(target, allow_private)
         async with session.get(target, allow_redirects=False) as response:
             if response.status not in REDIRECTS:
-                return await _body(response, limits)
+                return await _body(response, max_bytes)
             location = response.headers.get("Location", "")
             if not location or len(location) > MAX_URL:
                 raise BadMedia("the server redirects to nowhere")
@@ -229,19 +228,19 @@ def _check_target(target: URL, allow_private: bool) -> None:
     check_public(target.host)
 
 
-async def _body(response: aiohttp.ClientResponse, limits: MediaLimits) -> bytes:
+async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     if response.status != 200:
-        raise BadMedia(f"the image cannot be fetched: the server answered {response.status}")
+        raise BadMedia(f"the file cannot be fetched: the server answered {response.status}")
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise BadMedia("the server compressed the image, which was not asked for")
-    if response.content_length is not None and response.content_length > limits.max_bytes:
-        raise BadMedia(f"the image is larger than {limits.max_bytes} bytes")
+        raise BadMedia("the server compressed the file, which was not asked for")
+    if response.content_length is not None and response.content_length > max_bytes:
+        raise BadMedia(f"the file is larger than {max_bytes} bytes")
     data = bytearray()
     async for chunk in response.content.iter_chunked(READ_NBYTES):
         data += chunk
-        if len(data) > limits.max_bytes:
-            raise BadMedia(f"the image is larger than {limits.max_bytes} bytes")
-    return _checked(bytes(data), limits)
+        if len(data) > max_bytes:
+            raise BadMedia(f"the file is larger than {max_bytes} bytes")
+    return _checked(bytes(data), max_bytes)
 
 
 def _reason(exc: Exception) -> str:

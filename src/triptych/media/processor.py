@@ -1,11 +1,11 @@
-"""A checkpoint's image processor: what an image will become, and its pixels as model inputs.
+"""A checkpoint's processor: what an image will become, and its pixels as model inputs.
 
 The layout of an image (its text in the prompt, its rows, its patches) follows from its size alone,
 so it is known from the header before a pixel is decoded. Transformers' processor class says what
 the text is; this module only tells it the sizes.
 
 Without torchvision Transformers cannot build the processors of models that also know video; they
-are built here without their video half, on the PIL image processor.
+are built here without their video half, on the PIL image processor. Videos: ``clips.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import hashlib
 import inspect
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,15 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.image_processing_utils import BaseImageProcessor, select_best_resolution
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
+from transformers.video_processing_utils import BaseVideoProcessor
 
-from triptych.config import ModelConfig
-from triptych.errors import BadMedia, UnsupportedModel
+from triptych.config import MediaLimits, ModelConfig
+from triptych.errors import BadMedia, BadRequest, UnsupportedModel
+from triptych.media.clips import VideoPlan, VideoProcessor
 from triptych.media.image import ImageHeader
 from triptych.media.placeholder import placeholder
+from triptych.media.video import Frame, VideoHeader
+from triptych.models.refusals import video_token_id
 from triptych.models.stream import Stream
 
 Layout = tuple[dict[str, Any], tuple[int, int, int] | None, int]
@@ -49,10 +55,12 @@ class Plan:
     """(t, h, w) in patches for models with M-RoPE, else None."""
     patches: int
     """Vision patches of the forward: what its cost is measured in."""
+    second_per_grid: None = None
+    """As a video's plan has it."""
 
 
 class Processor:
-    """Planning and preprocessing of single images. Safe to use from several threads."""
+    """Planning and preprocessing of single items. Safe to use from several threads."""
 
     def __init__(self, config: ModelConfig) -> None:
         """Raises UnsupportedModel: not a family that can be planned, or files that disagree."""
@@ -75,6 +83,7 @@ class Processor:
         self.placeholder = placeholder(self._family, self.hf.tokenizer)
         """The marker that the chat template puts where an image goes."""
         self._check_marker()
+        self._videos = self._video_processor(source)
         self._options: dict[str, Any] = {"crop_to_patches": True} if self._tiles_always else {}
         self.fingerprint = _hash(
             {
@@ -84,7 +93,13 @@ class Processor:
                 "transformers": transformers.__version__,
             }
         )
-        """Hash of everything that decides which pixels the model sees."""
+        """Hash of everything that decides which pixels of an image the model sees."""
+        self.video_fingerprint = ""
+        """The same for videos."""
+        if isinstance(self._videos, VideoProcessor):
+            self.video_fingerprint = _hash(
+                {"processor": self._videos.name, "settings": self._videos.settings}
+            )
 
     @property
     def _tiles_always(self) -> bool:
@@ -131,6 +146,50 @@ class Processor:
             raise BadMedia(f"the model cannot take the image: {exc}") from exc
         complete()
         return self._model_inputs(inputs, images_in_request)
+
+    # ------------------------------------------------------------------ videos
+
+    def plan_video(self, header: VideoHeader, limits: MediaLimits) -> VideoPlan:
+        """As ``plan``. Raises BadRequest where the model takes no videos, and BadVideo."""
+        return self._for_videos().plan(header, limits)
+
+    def preprocess_video(self, frames: Iterable[Frame], plan: VideoPlan) -> dict[str, Tensor]:
+        """The model's vision inputs of the planned frames, in order. Raises as ``frames`` does."""
+        return self._for_videos().preprocess(frames, plan)
+
+    @property
+    def takes_videos(self) -> bool:
+        return isinstance(self._videos, VideoProcessor)
+
+    def refuse_videos(self, reason: UnsupportedModel) -> None:
+        """From now on. Called before the first request."""
+        self._videos = reason
+
+    def _for_videos(self) -> VideoProcessor:
+        if isinstance(self._videos, UnsupportedModel):
+            raise BadRequest(f"{self._family} takes no videos here: {self._videos.message}")
+        return self._videos
+
+    def _video_processor(self, source: dict[str, Any]) -> VideoProcessor | UnsupportedModel:
+        """Or why there is none."""
+        try:
+            settings, _ = BaseVideoProcessor.get_video_processor_dict(**source)
+        except OSError:
+            return UnsupportedModel(f"{self._config.model_type} has no video processor")
+        # Where the model has no token of its own for a video's rows, the frames are images.
+        token_id = video_token_id(self._config)
+        row = self.placeholder if token_id is None else self.hf.video_token
+        patch = self._config.vision_config.patch_size
+        side = patch if isinstance(patch, int) else patch[0]
+        try:
+            videos = VideoProcessor(self._family, self.hf, settings, row, side)
+        except UnsupportedModel as reason:
+            return reason
+        if self.hf.video_processor is None:  # which the text is made with
+            self.hf.video_processor = SimpleNamespace(**videos.settings)
+        return videos
+
+    # ------------------------------------------------------------------ images
 
     def _model_inputs(self, inputs: dict[str, Tensor], images_in_request: int) -> dict[str, Tensor]:
         inputs.pop("num_patches", None)  # InternVL: for the text only

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
 from triptych.errors import BadRequest, UnsupportedModel
-from triptych.models.refusals import image_token_id
+from triptych.models.refusals import image_token_id, video_token_id
 from triptych.models.vision import planes
+
+Grid = tuple[int, int, int]
 
 PAGED_ATTENTION = "triptych_paged"
 """Name under which the engine registers its attention function."""
@@ -48,6 +51,12 @@ class LanguageModel:
         token = image_token_id(config)
         assert token is not None  # refused before
         self.image_token_id: int = token
+        self.video_token_id = video_token_id(config)
+        """None: the rows of videos, if it takes any, stand at image tokens."""
+        self.row_token_ids = frozenset(
+            found for found in (token, self.video_token_id) if found is not None
+        )
+        """Tokens of a prompt that stand for rows."""
         self.eos_ids = _eos_ids(model)
         self.planes = planes(config)
         """Planes of the embeddings it takes: 1 + DeepStack planes."""
@@ -59,35 +68,52 @@ class LanguageModel:
         self.num_kv_heads, self.head_dim = self._probe()
 
     def positions(
-        self, token_ids: list[int], grids: list[tuple[int, int, int]]
+        self,
+        token_ids: list[int],
+        grids: list[Grid],
+        video_grids: Sequence[Grid] = (),
+        seconds_per_grid: Sequence[float] = (),
     ) -> tuple[Tensor, int]:
         """Positions of a prompt, (axes, tokens) int64 on the CPU, and that of the next token.
 
-        ``grids``: (t, h, w) in patches of each image, for models with M-RoPE. The next token's
-        position is the same on every axis. Raises BadRequest when images and tokens disagree.
+        ``grids``, ``video_grids``: (t, h, w) in patches of each image and each video, for models
+        with M-RoPE; ``seconds_per_grid``: of each video, for models that count time. The next
+        token's position is the same on every axis. Raises BadRequest when images or videos and
+        tokens disagree.
         """
         n_tokens = len(token_ids)
         if self.axes == 1:
             return torch.arange(n_tokens)[None], n_tokens
         ids = torch.tensor(token_ids)[None]
-        is_image = ids == self.image_token_id
-        merge = self._inner.config.vision_config.spatial_merge_size**2
-        n_rows = sum(math.prod(grid) // merge for grid in grids)
-        if int(is_image.sum()) != n_rows:
-            raise BadRequest(
-                f"the prompt has {int(is_image.sum())} image tokens, its images have {n_rows} rows"
-            )
+        is_image = self._rows(ids, "image", self.image_token_id, grids)
+        is_video = self._rows(ids, "video", self.video_token_id, video_grids)
+        timed = {"second_per_grid_ts": torch.tensor(seconds_per_grid)} if seconds_per_grid else {}
         positions, delta = self._inner.get_rope_index(
             input_ids=ids,
-            mm_token_type_ids=is_image.int(),
+            mm_token_type_ids=is_image.int() + 2 * is_video.int(),
             image_grid_thw=torch.tensor(grids) if grids else None,
+            video_grid_thw=torch.tensor(video_grids) if video_grids else None,
+            **timed,
         )
         return positions[:, 0], n_tokens + int(delta[0])
 
+    def _rows(self, ids: Tensor, kind: str, token: int | None, grids: Sequence[Grid]) -> Tensor:
+        """Which of ``ids`` stand for rows of this kind. Raises BadRequest: not as many as rows."""
+        found = ids == token if token is not None else torch.zeros_like(ids, dtype=torch.bool)
+        merge = self._inner.config.vision_config.spatial_merge_size**2
+        n_rows = sum(math.prod(grid) // merge for grid in grids)
+        if int(found.sum()) != n_rows:
+            raise BadRequest(
+                f"the prompt has {int(found.sum())} {kind} tokens, its {kind}s have {n_rows} rows"
+            )
+        return found
+
     def embed(self, ids: Tensor) -> Tensor:
-        """``ids`` (tokens,) int64 → (tokens, width); image tokens get a value to be overwritten."""
-        # An image token's id need not be in the vocabulary.
+        """``ids`` (tokens,) int64 → (tokens, width); rows' tokens get a value to be overwritten."""
+        # The id of a token that stands for rows need not be in the vocabulary.
         known = torch.where(ids == self.image_token_id, self._pad_id, ids)
+        if self.video_token_id is not None:
+            known = torch.where(known == self.video_token_id, self._pad_id, known)
         embeds: Tensor = self._embedding(known)
         return embeds
 

@@ -62,6 +62,12 @@ def image_token_id(config: PreTrainedConfig) -> int | None:
     return getattr(config, "image_token_index", None) if token is None else token
 
 
+def video_token_id(config: PreTrainedConfig) -> int | None:
+    """The same for the rows of videos; None: the model has none, or image tokens stand for them."""
+    token: int | None = getattr(config, "video_token_id", None)
+    return getattr(config, "video_token_index", None) if token is None else token
+
+
 def _class_reasons(model_class: Any) -> Iterator[str]:
     if not hasattr(model_class, "get_image_features"):
         yield f"{model_class.__name__} has no get_image_features"

@@ -1,4 +1,4 @@
-"""The encoder half: preprocessed images in, embeddings out."""
+"""The encoder half: preprocessed images and videos in, embeddings out."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from triptych.models.vision_attention import has_kernel, pack_attention
 logger = logging.getLogger(__name__)
 
 Item = dict[str, Tensor]
-"""The image processor's output for one image: ``pixel_values`` and what goes with it
-(``image_grid_thw`` | ``image_sizes`` and ``batch_num_images`` | nothing), first dimension first."""
+"""The processor's output for one item, first dimension first: of an image ``pixel_values`` and what
+goes with it (``image_grid_thw`` | ``image_sizes`` and ``batch_num_images`` | nothing), of a video
+``pixel_values_videos`` and perhaps ``video_grid_thw`` (or as an image of many crops)."""
+VIDEO_PIXELS = "pixel_values_videos"
 
 
 class VisionModel:
@@ -32,6 +34,9 @@ class VisionModel:
         config = model.config
         self._model = model
         self._inputs = _input_names(model.get_image_features)
+        if hasattr(model, "get_video_features"):
+            self._inputs += [VIDEO_PIXELS, "video_grid_thw"]
+            self._video_argument = _input_names(model.get_video_features)[0]
         self.width: int = config.get_text_config().hidden_size
         self.planes = planes(config)
         """1 + DeepStack planes."""
@@ -82,7 +87,7 @@ class VisionModel:
 
     def patches(self, item: Item) -> int:
         """Vision patches of the item: what its forward costs."""
-        pixels = item["pixel_values"]
+        pixels = _pixels(item)
         if pixels.ndim == 2:  # one row a patch
             return pixels.shape[0]
         height, width = pixels.shape[-2:]
@@ -97,16 +102,23 @@ class VisionModel:
 
     def _forward(self, items: list[Item]) -> list[Tensor]:
         names = [name for name in self._inputs if name in items[0]]
+        is_video = VIDEO_PIXELS in names
         arguments: dict[str, Any] = {}
         if self._tables is not None:
-            names.remove("image_grid_thw")  # stays on the host: nothing there waits for a device
-            grids = torch.cat([item["image_grid_thw"] for item in items])
+            kind = "video" if is_video else "image"
+            name = f"{kind}_grid_thw"
+            names.remove(name)  # stays on the host: nothing there waits for a device
+            grids = torch.cat([item[name] for item in items])
             ready_made = self._tables.arguments(grids)
-            arguments = {f"image_{name}": value for name, value in ready_made.items()}
-            arguments["image_grid_thw"] = grids
+            arguments = {f"{kind}_{key}": value for key, value in ready_made.items()}
+            arguments[name] = grids
         for name in names:
             arguments[name] = torch.cat([self._place(item[name]) for item in items])
-        output = self._model.get_image_features(**arguments, return_dict=True)
+        if is_video:
+            arguments[self._video_argument] = arguments.pop(VIDEO_PIXELS)  # its name varies
+            output = self._model.get_video_features(**arguments, return_dict=True)
+        else:
+            output = self._model.get_image_features(**arguments, return_dict=True)
         features = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
         if len(features) != self.planes:
             raise UnsupportedModel(f"the tower made {len(features)} planes, not {self.planes}")
@@ -126,7 +138,7 @@ class VisionModel:
         """
         if len(items) == 1:
             return [_rows(features)]
-        pixels = [item["pixel_values"] for item in items]
+        pixels = [_pixels(item) for item in items]
         for parts in ([1] * len(items), [p.shape[0] for p in pixels]):
             if len(features) == sum(parts) and features[0].ndim > 1:
                 ends = torch.tensor(parts).cumsum(0).tolist()
@@ -142,6 +154,10 @@ class VisionModel:
 def planes(config: Any) -> int:
     """1 + the DeepStack planes of the model with this configuration."""
     return 1 + len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
+
+
+def _pixels(item: Item) -> Tensor:
+    return item[VIDEO_PIXELS] if VIDEO_PIXELS in item else item["pixel_values"]
 
 
 def _rows(features: Any) -> Tensor:

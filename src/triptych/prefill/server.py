@@ -83,7 +83,7 @@ class PrefillService:
             AddRequest(
                 request_id=request_id,
                 token_ids=message.token_ids,
-                items=tuple(ItemSpan(item.meta.rows, item.meta.grid) for item in message.items),
+                items=tuple(ItemSpan.of(item.meta) for item in message.items),
                 sampling=message.sampling,
                 keep_kv=True,
                 resumed=message.resumed,

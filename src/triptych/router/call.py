@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from triptych.errors import TriptychError
-from triptych.request import Sampling
-from triptych.router.openai import ChatRequest, ImageInput
+from triptych.errors import BadMedia, BadVideo, TriptychError
+from triptych.request import KINDS, Kind, Sampling
+from triptych.router.openai import ChatRequest, ItemInput
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image's raw bytes."""
+class File:
+    """An item's raw bytes."""
 
+    kind: Kind
     data: bytes
     digest: str
     """SHA-256, hex."""
+
+
+def counted(files: Sequence[File]) -> str:
+    """How many there are of each kind, as in "3 images, 1 videos"."""
+    kinds = [file.kind for file in files]
+    return ", ".join(f"{kinds.count(kind)} {kind}s" for kind in KINDS if kind in kinds)
 
 
 @dataclass
@@ -27,7 +35,8 @@ class Call:
     chat: ChatRequest
     arrived: float
     """Wall clock, seconds since the epoch."""
-    images: list[ImageInput] = field(init=False)
+    items: list[ItemInput] = field(init=False)
+    """Images and videos, in the order of the prompt once that is known."""
     tries: int = 0
     failures: int = 0
     """Tries that have failed since the answer last went on."""
@@ -39,17 +48,29 @@ class Call:
     """Of the answer, in order, as the client has had them."""
 
     def __post_init__(self) -> None:
-        self.images = self.chat.images()
+        self.items = self.chat.items()
+
+    def count(self, kind: Kind) -> int:
+        return sum(item.kind == kind for item in self.items)
+
+    def arrange(self, kinds: Sequence[Kind]) -> None:
+        """Bring ``items`` into this order of kinds; of each kind they keep theirs."""
+        left = {kind: iter([i for i in self.items if i.kind == kind]) for kind in set(kinds)}
+        self.items = [next(left[kind]) for kind in kinds]
 
     def located(self, error: TriptychError) -> TriptychError:
-        """``error`` naming the image it is about, by number and by JSON path."""
-        if error.item is None or not 0 <= error.item < len(self.images):
+        """``error`` naming the item it is about, by number among its kind and by JSON path."""
+        if error.item is None or not 0 <= error.item < len(self.items):
             return error
-        name = f"image {error.item + 1}"
+        item = self.items[error.item]
+        number = sum(other.kind == item.kind for other in self.items[: error.item + 1])
+        name = f"{item.kind} {number}"
         message = error.message if error.message.startswith(name) else f"{name}: {error.message}"
         found = copy.copy(error)
+        if type(error) is BadMedia and item.kind == "video":
+            found = BadVideo(message, item=error.item)
         found.args, found.message = (message,), message
-        found.param = error.param or self.images[error.item].param
+        found.param = error.param or item.param
         return found
 
 

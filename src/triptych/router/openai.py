@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from triptych.errors import BadRequest, ClientError, Overloaded, TriptychError, Unauthorized
+from triptych.request import Kind
 
 MAX_STOPS = 4
 MAX_TOP_LOGPROBS = 20
@@ -44,9 +45,19 @@ class ImagePart(Strict, frozen=True, tag_field="type", tag="image_url"):
     image_url: ImageURL
 
 
+class VideoURL(Strict, frozen=True):
+    url: str
+
+
+class VideoPart(Strict, frozen=True, tag_field="type", tag="video_url"):
+    """Not OpenAI's, but what servers of such models have in common."""
+
+    video_url: VideoURL
+
+
 class ChatMessage(Strict, frozen=True):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart | ImagePart] | None = None
+    content: str | list[TextPart | ImagePart | VideoPart] | None = None
     name: str | None = None
     refusal: Any = None
     annotations: Any = None
@@ -123,15 +134,17 @@ class ChatRequest(Strict, frozen=True):
         """As ``Sampling.logprobs``."""
         return (self.top_logprobs or 0) if self.logprobs else -1
 
-    def images(self) -> list[ImageInput]:
-        """The images in the order of the prompt."""
-        return [
-            ImageInput(part.image_url.url, f"messages[{i}].content[{j}].image_url")
-            for i, message in enumerate(self.messages)
-            if isinstance(message.content, list)
-            for j, part in enumerate(message.content)
-            if isinstance(part, ImagePart)
-        ]
+    def items(self) -> list[ItemInput]:
+        """Images and videos in the order of the messages."""
+        found: list[ItemInput] = []
+        for i, message in enumerate(self.messages):
+            for j, part in enumerate(message.content if isinstance(message.content, list) else ()):
+                where = f"messages[{i}].content[{j}]"
+                if isinstance(part, ImagePart):
+                    found.append(ItemInput("image", part.image_url.url, f"{where}.image_url"))
+                elif isinstance(part, VideoPart):
+                    found.append(ItemInput("video", part.video_url.url, f"{where}.video_url"))
+        return found
 
     def texts(self) -> list[tuple[str, str]]:
         """(text, JSON path) of everything a client wrote into the prompt."""
@@ -147,12 +160,13 @@ class ChatRequest(Strict, frozen=True):
         return found
 
     def for_template(self) -> list[dict[str, Any]]:
-        """The messages as chat templates know them; images without their data."""
+        """The messages as chat templates know them; images and videos without their data."""
         return [_for_template(message) for message in self.messages]
 
 
 @dataclass(frozen=True)
-class ImageInput:
+class ItemInput:
+    kind: Kind
     url: str
     param: str
     """JSON path of the part that names it."""
@@ -162,7 +176,9 @@ def _for_template(message: ChatMessage) -> dict[str, Any]:
     content: Any = message.content or ""
     if isinstance(message.content, list):
         content = [
-            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+            {"type": "text", "text": part.text}
+            if isinstance(part, TextPart)
+            else {"type": "image" if isinstance(part, ImagePart) else "video"}
             for part in message.content
         ]
     named = {"name": message.name} if message.name is not None else {}
@@ -263,7 +279,7 @@ def _invalid(message: str) -> BadRequest:
     if named := _NAMED.search(what):
         path = f"{path}.{named[1]}" if path else named[1]
     if path.endswith("].type"):
-        what += " (supported: text, image_url)"
+        what += " (supported: text, image_url, video_url)"
     return BadRequest(f"{path}: {what}" if path else what, param=path or None)
 
 

@@ -23,16 +23,16 @@ from triptych.errors import (
 )
 from triptych.media.fetch import fetch
 from triptych.observe import metrics
-from triptych.request import Sampling
+from triptych.request import KINDS, Sampling
 from triptych.router.answers import Delta, Usage
 from triptych.router.attempt import Attempt, together
-from triptych.router.call import Call, Picture, Prompt
+from triptych.router.call import Call, File, Prompt, counted
 from triptych.router.client import WorkerClient
 from triptych.router.detokenize import Detokenizer
 from triptych.router.inbox import Inboxes, StageFailed
 from triptych.router.membership import Membership, Worker
 from triptych.router.offload import INLINE_NBYTES, offload
-from triptych.router.openai import DEFAULT_MAX_TOKENS, SEED_BITS, ChatRequest, ImageInput
+from triptych.router.openai import DEFAULT_MAX_TOKENS, SEED_BITS, ChatRequest, ItemInput
 from triptych.router.placement import answering_roles
 from triptych.router.prompt import Prompter
 from triptych.router.timelines import Timelines
@@ -40,9 +40,9 @@ from triptych.router.timelines import Timelines
 RETRIES = 2
 """More tries that a request gets on other workers; the count begins anew with every token."""
 SMALL_NBYTES = 1 << 16
-"""Image files up to here are sent with their digests; of larger ones the encoder is asked first."""
+"""Files up to here are sent with their digests; of larger ones the encoder is asked first."""
 FETCHES = 8
-"""Images of one request that are fetched at the same time."""
+"""Files of one request that are fetched at the same time."""
 
 Emit = Callable[[Delta], Awaitable[None]]
 
@@ -79,21 +79,20 @@ class Pipeline:
         try:
             async with asyncio.timeout(self._timeouts.request):
                 rendered = self._prompter.render(call.chat)
-                pictures = await self._fetch(call)
-                digests = [picture.digest for picture in pictures]
+                call.arrange(self._prompter.order(rendered))
+                files = await self._fetch(call)
+                digests = [file.digest for file in files]
                 text = Detokenizer(self._prompter.decode, call.chat.stops)
                 while True:
                     attempt = self._next_attempt(call)
                     cancel: Sequence[Worker] | None = None
                     try:
-                        if len(pictures) < len(digests):
-                            pictures = await self._fetch_again(call, digests)
-                        items = await self._encode(call, attempt, pictures)
+                        if len(files) < len(digests):
+                            files = await self._fetch_again(call, digests)
+                        items = await self._encode(call, attempt, files)
                         prompt = await self._expand(call, attempt, rendered, items)
                         await self._start(call, attempt, prompt, items)
-                        usage, cancel = await self._relay(
-                            call, attempt, prompt, pictures, text, emit
-                        )
+                        usage, cancel = await self._relay(call, attempt, prompt, files, text, emit)
                         return usage
                     except StageFailed as failure:
                         self._retry_or_raise(call, attempt, failure)
@@ -104,23 +103,26 @@ class Pipeline:
         except TriptychError as error:
             raise call.located(error) from error
 
-    # ------------------------------------------------------------------ 1: the images
+    # ------------------------------------------------------------------ 1: the items
 
-    async def _fetch(self, call: Call) -> list[Picture]:
+    async def _fetch(self, call: Call) -> list[File]:
         limits = self._config.limits
-        if len(call.images) > limits.max_images:
-            raise BadRequest(
-                f"{len(call.images)} images, the limit is {limits.max_images}", param="messages"
-            )
+        for kind, most in zip(KINDS, (limits.max_images, limits.max_videos), strict=True):
+            if call.count(kind) > most:
+                raise BadRequest(
+                    f"{call.count(kind)} {kind}s, the limit is {most}", param="messages"
+                )
         free = asyncio.Semaphore(FETCHES)
 
-        async def one(index: int, image: ImageInput) -> Picture:
+        async def one(index: int, item: ItemInput) -> File:
             async with free:
                 start = time.time()
                 try:
                     data = await fetch(
-                        image.url,
-                        limits=limits,
+                        item.url,
+                        max_bytes=limits.max_bytes
+                        if item.kind == "image"
+                        else limits.max_video_bytes,
                         timeout_s=self._timeouts.media,
                         allow_private=self._config.allow_private_media,
                         root=self._config.allowed_media_root,
@@ -130,17 +132,17 @@ class Pipeline:
                     raise
                 digest = await offload(len(data) <= INLINE_NBYTES, _digest, data)
                 self._span(call, "fetch", start, item=index, nbytes=len(data))
-                return Picture(data, digest)
+                return File(item.kind, data, digest)
 
-        return await together(one(i, image) for i, image in enumerate(call.images))
+        return await together(one(i, item) for i, item in enumerate(call.items))
 
-    async def _fetch_again(self, call: Call, digests: Sequence[str]) -> list[Picture]:
+    async def _fetch_again(self, call: Call, digests: Sequence[str]) -> list[File]:
         """What was forgotten when the first token came. Raises BadMedia if it is not the same."""
-        pictures = await self._fetch(call)
-        for index, (picture, digest) in enumerate(zip(pictures, digests, strict=True)):
-            if picture.digest != digest:
+        files = await self._fetch(call)
+        for index, (file, digest) in enumerate(zip(files, digests, strict=True)):
+            if file.digest != digest:
                 raise BadMedia("it has changed since the request came", item=index)
-        return pictures
+        return files
 
     def _next_attempt(self, call: Call) -> Attempt:
         call.tries += 1
@@ -152,28 +154,28 @@ class Pipeline:
     # ------------------------------------------------------------------ 2: metadata and refs
 
     async def _encode(
-        self, call: Call, attempt: Attempt, pictures: Sequence[Picture]
+        self, call: Call, attempt: Attempt, files: Sequence[File]
     ) -> list[wire.PrefillItem]:
-        if not pictures:
+        if not files:
             return []
         await self._membership.wait_for(lambda: ("encoder",), self._timeouts.worker)
-        attempt.place_items([picture.digest for picture in pictures], call.avoided)
+        attempt.place_items([file.digest for file in files], call.avoided)
         shares: dict[Worker, list[int]] = {}
         for index, worker in enumerate(attempt.encoders):
             shares.setdefault(worker, []).append(index)
         found = await together(
-            self._encode_at(call, attempt, worker, pictures, indices)
+            self._encode_at(call, attempt, worker, files, indices)
             for worker, indices in shares.items()
         )
         items = {item.index: item for share in found for item in share}
-        return [_encoded(items.get(index), index) for index in range(len(pictures))]
+        return [_encoded(items.get(index), index) for index in range(len(files))]
 
     async def _encode_at(
         self,
         call: Call,
         attempt: Attempt,
         worker: Worker,
-        pictures: Sequence[Picture],
+        files: Sequence[File],
         indices: Sequence[int],
     ) -> list[wire.EncodedItem]:
         """Ask one encoder by content first, then send the bytes of what it does not know.
@@ -182,11 +184,13 @@ class Pipeline:
         """
 
         async def ask(indices: Sequence[int], up_to: float) -> list[wire.EncodedItem]:
-            sent = {i: pictures[i].data for i in indices if len(pictures[i].data) <= up_to}
+            sent = {i: files[i].data for i in indices if len(files[i].data) <= up_to}
             message = wire.EncodeRequest(
                 request_id=attempt.wire_id,
-                items=tuple(wire.EncodeItem(i, pictures[i].digest, sent.get(i)) for i in indices),
-                images_in_request=len(pictures),
+                items=tuple(
+                    wire.EncodeItem(i, files[i].digest, sent.get(i), files[i].kind) for i in indices
+                ),
+                images_in_request=call.count("image"),
             )
             wait_s = self._timeouts.pool if sent else 0.0
             reply = await attempt.post(
@@ -200,8 +204,8 @@ class Pipeline:
         if missed:
             known = [item for item in known if not item.miss] + await ask(missed, math.inf)
         n_known = sum(item.cached for item in known)
-        note = f"{worker.worker_id}: {len(indices)} images, {n_known} known"
-        nbytes = sum(len(pictures[i].data) for i in indices if i in missed or _small(pictures[i]))
+        note = f"{worker.worker_id}: {counted([files[i] for i in indices])}, {n_known} known"
+        nbytes = sum(len(files[i].data) for i in indices if i in missed or _small(files[i]))
         self._span(call, "encode_call", start, nbytes=nbytes, note=note)
         return known
 
@@ -213,9 +217,9 @@ class Pipeline:
         start = time.time()
         token_ids = await self._prompter.tokens(rendered, [item.meta.text for item in items])
         rows = sum(item.meta.rows for item in items)
-        places = token_ids.count(self._prompter.image_token_id)
+        places = sum(token in self._prompter.row_token_ids for token in token_ids)
         if rows != places:
-            raise UnsupportedModel(f"{rows} embedding rows, {places} image tokens in the prompt")
+            raise UnsupportedModel(f"{rows} embedding rows, {places} tokens for them in the prompt")
         topology = self._config.topology
 
         def roles() -> tuple[str, ...]:
@@ -302,7 +306,7 @@ class Pipeline:
         call: Call,
         attempt: Attempt,
         prompt: Prompt,
-        pictures: list[Picture],
+        files: list[File],
         text: Detokenizer,
         emit: Emit,
     ) -> tuple[Usage, Sequence[Worker] | None]:
@@ -314,7 +318,7 @@ class Pipeline:
             if not first_token:
                 first_token = time.time()
                 attempt.discharge("encoder", "prefill")
-                pictures.clear()  # seldom needed again, and then they can be fetched again
+                files.clear()  # seldom needed again, and then they can be fetched again
             if not call.tokens:
                 metrics.first_token_seconds.observe(first_token - call.arrived)
             new, used, finish = "", 0, ""
@@ -369,8 +373,8 @@ class Pipeline:
         )
 
 
-def _small(picture: Picture) -> bool:
-    return len(picture.data) <= SMALL_NBYTES
+def _small(file: File) -> bool:
+    return len(file.data) <= SMALL_NBYTES
 
 
 def _digest(data: bytes) -> str:
@@ -378,7 +382,7 @@ def _digest(data: bytes) -> str:
 
 
 def _encoded(item: wire.EncodedItem | None, index: int) -> wire.PrefillItem:
-    """What /encode says of one image, as prefill takes it. Raises what the image is refused for."""
+    """What /encode says of one item, as prefill takes it. Raises what the item is refused for."""
     if item is not None and item.error:
         raise rebuild(item.error, item.reason, item=index)
     if item is None or item.meta is None or item.ref is None:

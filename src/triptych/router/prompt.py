@@ -1,4 +1,4 @@
-"""The model's prompt: chat template, image texts, token ids; and its tokens back to text.
+"""The model's prompt: chat template, texts of items, token ids; and its tokens back to text.
 
 Token ids equal those of the checkpoint's Transformers processor. Only tokenizer and template are
 loaded: no image processor, no model.
@@ -20,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from triptych.config import ModelConfig
 from triptych.errors import BadRequest, UnsupportedModel
 from triptych.media.placeholder import placeholder
+from triptych.request import KINDS, Kind
 from triptych.router.offload import INLINE_CHARACTERS, offload
 from triptych.router.openai import ChatRequest
 
@@ -42,28 +43,37 @@ class Prompter:
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
         self.placeholder = placeholder(model.model_type, self._tokenizer)
         """What the template writes for an image, replaced by the image's text."""
+        self.video_placeholder = placeholder(model.model_type, self._tokenizer, "video")
+        self._markers = re.compile(
+            f"({re.escape(self.placeholder)})|{re.escape(self.video_placeholder)}"
+        )
         self.image_token_id = _image_token_id(model)
+        self.row_token_ids = (self.image_token_id, *_video_token_ids(model))
+        """Tokens of the prompt that stand for embedding rows."""
         self.stop_ids = _stop_ids(config, model, self._tokenizer)
         """Tokens that end an answer."""
         self._template = _chat_template(config, self._tokenizer)
         self._takes_strings = self._probe()
-        image_token = str(self._tokenizer.convert_ids_to_tokens(self.image_token_id))
-        self._reserved = (self.placeholder, image_token)
-        self._image_token = image_token
-        self._runs = re.compile(f"(?:{re.escape(image_token)})+")
+        row_tokens = [
+            str(t) for t in self._tokenizer.convert_ids_to_tokens(list(self.row_token_ids))
+        ]
+        self._reserved = (self.placeholder, self.video_placeholder, *row_tokens)
+        self._runs = re.compile(
+            "|".join(f"({re.escape(token)})(?:\\{i})*" for i, token in enumerate(row_tokens, 1))
+        )
 
     # ------------------------------------------------------------------ to the model
 
     def render(self, chat: ChatRequest) -> str:
-        """The conversation as text, one ``placeholder`` for each image.
+        """The conversation as text, one placeholder for each image and each video.
 
-        Raises BadRequest: a text holds what marks an image, or the template refuses the messages.
+        Raises BadRequest: a text holds what marks one, or the template refuses the messages.
         """
         for text, param in chat.texts():
             for reserved in self._reserved:
                 if reserved in text:
                     raise BadRequest(
-                        f"{param} contains {reserved}, which marks images", param=param
+                        f"{param} contains {reserved}, which marks images or videos", param=param
                     )
         messages = chat.for_template()
         if not self._takes_strings:
@@ -76,36 +86,46 @@ class Prompter:
             raise BadRequest(
                 f"the model's chat template refuses the messages: {exc}", param="messages"
             ) from exc
-        wanted, found = len(chat.images()), rendered.count(self.placeholder)
-        if wanted != found:
-            raise BadRequest(
-                f"{wanted} images, but {found} places for them in the prompt: the model's chat "
-                f"template leaves some out, or texts put together form {self.placeholder}",
-                param="messages",
-            )
+        wanted, found = [item.kind for item in chat.items()], self.order(rendered)
+        for kind, marker in zip(KINDS, (self.placeholder, self.video_placeholder), strict=True):
+            if wanted.count(kind) != found.count(kind):
+                raise BadRequest(
+                    f"{wanted.count(kind)} {kind}s, but {found.count(kind)} places for them in "
+                    "the prompt: the model's chat template leaves some out, or texts put "
+                    f"together form {marker}",
+                    param="messages",
+                )
         return rendered
 
+    def order(self, rendered: str) -> list[Kind]:
+        """The kinds of the items in the order of their placeholders."""
+        return ["image" if match[1] else "video" for match in self._markers.finditer(rendered)]
+
     async def tokens(self, rendered: str, item_texts: Sequence[str]) -> list[int]:
-        """Token ids of ``rendered`` with each placeholder replaced by the text of its image."""
-        pieces = rendered.split(self.placeholder)
-        assert len(pieces) == len(item_texts) + 1, "render() counted them"
-        text = pieces[0] + "".join(
-            item + piece for item, piece in zip(item_texts, pieces[1:], strict=True)
-        )
+        """Token ids of ``rendered`` with each placeholder replaced by the text of its item."""
+        texts = iter(item_texts)
+        text = self._markers.sub(lambda _: next(texts), rendered)
         # An image is thousands of equal tokens. They stand apart from all text, so that one in
         # place of each run gives the same ids in a fraction of the time.
-        runs = [len(run) // len(self._image_token) for run in self._runs.findall(text)]
-        short = self._runs.sub(self._image_token, text) if runs else text
+        runs: list[int] = []
+
+        def shorten(run: re.Match[str]) -> str:
+            token = run[run.lastindex or 0]
+            runs.append(len(run[0]) // len(token))
+            return token
+
+        short = self._runs.sub(shorten, text)
         ids = await offload(len(short) <= INLINE_CHARACTERS, self._encode, short)
         if not runs:
             return ids
-        if ids.count(self.image_token_id) != len(runs):
-            raise UnsupportedModel(f"the tokenizer does not keep {self._image_token} apart")
+        rows = self.row_token_ids
+        if sum(found in rows for found in ids) != len(runs):
+            raise UnsupportedModel("the tokenizer does not keep the tokens of rows apart")
         lengths = iter(runs)
         return [
             token
             for found in ids
-            for token in ([found] * next(lengths) if found == self.image_token_id else (found,))
+            for token in ([found] * next(lengths) if found in rows else (found,))
         ]
 
     def _encode(self, text: str) -> list[int]:
@@ -150,6 +170,12 @@ def _image_token_id(model: Any) -> int:
         if isinstance(found, int):
             return found
     raise UnsupportedModel(f"the configuration of {model.model_type} names no image token")
+
+
+def _video_token_ids(model: Any) -> list[int]:
+    """None where image tokens stand for the rows of videos."""
+    named = (getattr(model, name, None) for name in ("video_token_id", "video_token_index"))
+    return [found for found in named if isinstance(found, int)][:1]
 
 
 def _stop_ids(config: ModelConfig, model: Any, tokenizer: Any) -> tuple[int, ...]:

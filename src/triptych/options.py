@@ -1,0 +1,47 @@
+"""What an option may be, where its type in ``config.py`` does not say so."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from triptych.config import Timeouts
+from triptych.errors import ConfigError
+
+
+def check(config: Any, where: str = "") -> None:
+    """Refuse what no field's type can refuse. Called once, before a role starts.
+
+    ``config``: any dataclass of ``config.py``. Raises ConfigError naming the option.
+    """
+    for item in fields(config):
+        value, name = getattr(config, item.name), f"{where}{item.name.replace('_', '-')}"
+        if is_dataclass(value):
+            check(value, "timeouts." if item.name == "timeouts" else where)
+        elif item.name in _AT_LEAST_ONE and value < 1:
+            raise ConfigError(f"--{name} must be at least 1, not {value}")
+        elif item.name == "port" and not 0 <= value <= 65535:
+            raise ConfigError(f"--{name} must be between 0 and 65535, not {value}")
+        elif type(value) is int and value < 0 and item.name != "parent_pipe":
+            raise ConfigError(f"--{name} must not be negative, but is {value}")
+        elif type(value) is float and value <= 0:
+            raise ConfigError(f"--{name} must be positive, not {value}")
+    if isinstance(config, Timeouts):
+        if config.lease <= config.transfer:
+            raise ConfigError(
+                f"--timeouts.lease ({config.lease} s) must be longer than --timeouts.transfer "
+                f"({config.transfer} s): memory must stay leased while it may still be read"
+            )
+        if config.silence <= config.heartbeat:
+            raise ConfigError(
+                f"--timeouts.silence ({config.silence} s) must be longer than "
+                f"--timeouts.heartbeat ({config.heartbeat} s)"
+            )
+
+
+_AT_LEAST_ONE = {
+    "batch_patches", "block_size", "chunk_tokens", "concurrency", "decodes", "encoders", "kv_mib",
+    "landing_mib", "languages", "max_body_mib", "max_bytes", "max_frame_pixels", "max_frames",
+    "max_images", "max_pixels", "max_requests", "max_sequences", "max_tokens", "max_video_bytes",
+    "max_videos", "media_threads", "pool_mib", "prefills", "queue_patches", "repeats",
+}  # fmt: skip
