@@ -31,6 +31,23 @@ def file(image: Image.Image, format: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def png(width: int, height: int, pixels: bytes, depth: int = 8, colours: int = 2) -> bytes:
+    """``pixels``: compressed. ``colours``: 2 RGB, 4 grey with alpha, 6 RGBA."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A valid PNG header that promises pixels, and none."""
+    return png(width, height, zlib.compress(b""))
+
+
 def exif(orientation: int) -> Image.Exif:
     found = Image.Exif()
     found[ORIENTATION] = orientation
@@ -109,6 +126,38 @@ def test_sixteen_bit_grey_keeps_its_upper_byte() -> None:
     assert np.array_equal(decoded, np.repeat((grey >> 8)[..., None], 3, axis=-1))
 
 
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_sixteen_bit_colours_keep_their_upper_byte(channels: int) -> None:
+    """Pillow writes no such PNG. Grey with alpha, RGB, RGBA; alpha is full."""
+    samples = np.random.default_rng(0).integers(0, 1 << 16, (5, 7, channels)).astype(">u2")
+    if channels != 3:
+        samples[..., -1] = 0xFFFF
+    rows = b"".join(b"\0" + row.tobytes() for row in samples)
+    data = png(7, 5, zlib.compress(rows), depth=16, colours={2: 4, 3: 2, 4: 6}[channels])
+    grey = np.repeat(samples[..., :1], 3, -1) if channels == 2 else samples[..., :3]
+    assert read_header(data, LIMITS) == ImageHeader(7, 5, "PNG")
+    assert np.array_equal(decode(data, LIMITS), (grey >> 8).astype(np.uint8))
+
+
+def test_a_palette_with_alpha_is_blended_onto_white() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 100, 0, 0, 100, 200])
+    image.putpixel((1, 0), 1)
+    decoded = decode(file(image, "PNG", transparency=bytes([255, 0])), LIMITS)
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(200, 100, 0), (255, 255, 255)]
+
+
+def test_a_cmyk_photograph_as_printers_send_it() -> None:
+    """Adobe's JPEGs have their inks inverted and say so; the orientation counts as well."""
+    image = Image.new("RGB", (32, 16), (255, 0, 0)).convert("CMYK")
+    data = file(image, "JPEG", exif=exif(6), quality=95)
+    assert b"Adobe" in data
+    decoded = decode(data, LIMITS)
+    assert decoded.size == (16, 32)
+    red, green, blue = decoded.getpixel((8, 16))
+    assert red > 240 and green < 15 and blue < 15
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "CMYK"])
 def test_other_modes_become_rgb(mode: str) -> None:
     format = "JPEG" if mode == "CMYK" else "PNG"
@@ -130,18 +179,6 @@ def test_jpeg_with_more_pictures_inside() -> None:
     data = file(picture(), "MPO", save_all=True, append_images=[picture(11, 7)])
     assert read_header(data, LIMITS) == ImageHeader(37, 23, "JPEG")
     assert decode(data, LIMITS).size == (37, 23)
-
-
-def png_of_size(width: int, height: int) -> bytes:
-    """A valid PNG header that promises pixels, and none."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def webp_of_size(width: int, height: int) -> bytes:
