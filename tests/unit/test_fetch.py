@@ -13,16 +13,15 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from triptych.config import MediaLimits
 from triptych.errors import BadMedia
 from triptych.media.fetch import INLINE_DECODE, check_public, fetch
 
-LIMITS = MediaLimits(max_bytes=100_000)
+MAX_BYTES = 100_000
 BODY = os.urandom(90_000)
 
 
 async def get(url: str, **options: Any) -> bytes:
-    settings = {"limits": LIMITS, "timeout_s": 5.0, "allow_private": True}
+    settings = {"max_bytes": MAX_BYTES, "timeout_s": 5.0, "allow_private": True}
     return await fetch(url, **{**settings, **options})
 
 

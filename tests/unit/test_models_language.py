@@ -142,6 +142,32 @@ def test_positions_of_images_that_do_not_fit(tiny_models: Callable[[str], TinyMo
         model.positions([model.image_token_id] * 5, [(1, 4, 6)])
 
 
+def test_positions_of_a_video_count_seconds(
+    tiny_models: Callable[[str], TinyModel],
+) -> None:
+    """Two steps of 4 x 4 patches, 1.5 s apart; the model counts 2 positions a second."""
+    model = tiny_models("qwen2_5_vl").language
+    video = model.video_token_id
+    assert video is not None
+    ids = [5, *[video] * 8, 7, *[model.image_token_id] * 4]
+    positions, following = model.positions(ids, [(1, 4, 4)], [(2, 4, 4)], [1.5])
+    step = positions[0, 5] - positions[0, 1]
+    assert step in (3, 2)  # Transformers 5.17 cuts the seconds to a whole number
+    assert positions[1, 1:9].tolist() == [1, 1, 2, 2] * 2
+    assert positions[2, 1:9].tolist() == [1, 2] * 4
+    assert positions[:, 9].tolist() == [3] * 3
+    assert following == int(positions.max()) + 1 == 6
+
+
+def test_positions_of_videos_that_do_not_fit(tiny_models: Callable[[str], TinyModel]) -> None:
+    model = tiny_models("qwen3_vl").language
+    assert model.video_token_id is not None
+    with pytest.raises(BadRequest, match="3 video tokens, its videos have 4 rows"):
+        model.positions([model.video_token_id] * 3, [], [(1, 4, 4)])
+    with pytest.raises(BadRequest, match="0 image tokens, its images have 4 rows"):
+        model.positions([model.video_token_id] * 4, [(1, 4, 4)])
+
+
 def test_image_tokens_need_not_be_in_the_vocabulary(
     tiny_models: Callable[[str], TinyModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

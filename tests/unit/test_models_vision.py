@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.end_to_end.video_reference import skip_rowless
 from tests.unit.conftest import TinyModel, picture
+from triptych.config import MediaLimits
 from triptych.errors import UnsupportedModel
+from triptych.media.clips import VideoPlan
 from triptych.media.image import ImageHeader
+from triptych.media.video import VideoHeader
 from triptych.models.loading import load_encoder
+from triptych.models.vision import Item
 
 IMAGES = [picture(1, 160, 120), picture(2, 90, 200), picture(3, 160, 120), picture(4, 300, 100)]
 
@@ -83,6 +89,34 @@ def test_patches_are_what_the_processor_planned(tiny: TinyModel, n: int) -> None
         assert tiny.encoder.patches(item) == plan.patches
         (embedding,) = tiny.encoder.encode([item])
         assert embedding.shape[1] == plan.rows
+
+
+def videos(tiny: TinyModel) -> list[tuple[VideoPlan, Item]]:
+    """Three videos, two of them of one shape."""
+    found = []
+    for n_frames, width, height in ((8, 96, 64), (9, 60, 130), (8, 96, 64)):
+        generator = np.random.default_rng(len(found))
+        frames = generator.integers(0, 255, (n_frames, height, width, 3), dtype=np.uint8)
+        header = VideoHeader(width, height, n_frames, 4.0)
+        plan = tiny.processor.plan_video(header, MediaLimits())
+        item = tiny.processor.preprocess_video((frames[i] for i in plan.indices), plan)
+        found.append((plan, item))
+    return found
+
+
+def test_videos_and_images_in_one_batch(tiny: TinyModel) -> None:
+    skip_rowless(tiny.family)
+    plans, items = zip(*videos(tiny), strict=True)
+    images = tiny.items(IMAGES[:2])
+    batch = [items[0], images[0], items[1], items[2], images[1]]
+    embeddings = tiny.encoder.encode(batch)
+    for item, embedding in zip(batch, embeddings, strict=True):
+        (expected,) = tiny.encoder.encode([item])
+        torch.testing.assert_close(embedding, expected, atol=1e-5, rtol=1e-5)
+    for plan, item, embedding in zip(plans, items, [embeddings[i] for i in (0, 2, 3)], strict=True):
+        assert embedding.shape == (tiny.encoder.planes, plan.rows, tiny.encoder.width)
+        assert tiny.encoder.patches(item) == plan.patches
+    assert not torch.allclose(embeddings[0], embeddings[3], atol=1e-3)
 
 
 def test_half_precision(tiny: TinyModel) -> None:

@@ -25,11 +25,12 @@ def parts(*content: Any, role: str = "user") -> list[dict[str, Any]]:
 
 TEXT = {"type": "text", "text": "look"}
 IMAGE = {"type": "image_url", "image_url": {"url": URL}}
+VIDEO = {"type": "video_url", "video_url": {"url": URL}}
 
 
 def test_a_plain_request_has_openais_defaults() -> None:
     chat = read()
-    assert chat.images() == []
+    assert chat.items() == []
     assert chat.stops == ()
     assert chat.max_new_tokens is None
     assert chat.n_logprobs == -1
@@ -42,6 +43,7 @@ def test_everything_supported_at_once() -> None:
         messages=[
             {"role": "developer", "content": "be brief"},
             *parts(TEXT, IMAGE, {"type": "image_url", "image_url": {"url": URL, "detail": "low"}}),
+            *parts(VIDEO),
             {"role": "assistant", "content": None, "refusal": None, "tool_calls": None},
             {"role": "user", "content": "and?", "name": "ann"},
         ],
@@ -65,9 +67,10 @@ def test_everything_supported_at_once() -> None:
         response_format={"type": "text"},
         logit_bias={},
     )
-    assert [image.param for image in chat.images()] == [
-        "messages[1].content[1].image_url",
-        "messages[1].content[2].image_url",
+    assert [(item.kind, item.param) for item in chat.items()] == [
+        ("image", "messages[1].content[1].image_url"),
+        ("image", "messages[1].content[2].image_url"),
+        ("video", "messages[2].content[0].video_url"),
     ]
     assert chat.for_template() == [
         {"role": "system", "content": "be brief"},
@@ -75,6 +78,7 @@ def test_everything_supported_at_once() -> None:
             "role": "user",
             "content": [{"type": "text", "text": "look"}, {"type": "image"}, {"type": "image"}],
         },
+        {"role": "user", "content": [{"type": "video"}]},
         {"role": "assistant", "content": ""},
         {"role": "user", "content": "and?", "name": "ann"},
     ]
@@ -93,7 +97,10 @@ BAD = [
     ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
     ({"messages": [USER, {"role": "user", "content": 3}]}, "messages[1].content", "got `int`"),
     ({"messages": parts(TEXT, {"type": "input_audio"})}, "messages[0].content[1].type", "audio"),
-    ({"messages": parts({"type": "video_url"})}, "messages[0].content[0].type", "image_url"),
+    ({"messages": parts({"type": "video"})}, "messages[0].content[0].type", "video_url"),
+    ({"messages": parts({"type": "video_url"})}, "messages[0].content[0].video_url", "required"),
+    ({"messages": parts({"type": "video_url", "video_url": {"url": "x", "fps": 1}})},
+     "messages[0].content[0].video_url.fps", "unknown field"),
     ({"messages": parts({"type": "image_url", "image_url": "x"})},
      "messages[0].content[0].image_url", "Expected `object`"),
     ({"messages": parts({"type": "image_url", "image_url": {}})},

@@ -195,15 +195,16 @@ def test_illegal_transitions_raise_and_change_nothing() -> None:
 
 
 def test_items_are_located_by_their_rows() -> None:
-    image = 9
-    items, rows = locate_items(
-        [1, 9, 9, 2, 9, 3, 9, 9], image, [ItemSpan(3, None), ItemSpan(2, None)]
-    )
-    assert [(item.start, item.stop) for item in items] == [(1, 5), (6, 8)]
-    assert rows == [1, 2, 4, 6, 7]
+    image, video = 9, 8
+    row_tokens = {image, video}
+    prompt = [1, 9, 9, 2, 9, 3, 8, 4, 8]
+    spans = [ItemSpan(3, None), ItemSpan(2, None, "video")]
+    items, rows = locate_items(prompt, row_tokens, spans)
+    assert [(item.start, item.stop) for item in items] == [(1, 5), (6, 9)]
+    assert rows == [1, 2, 4, 6, 8]
     for wrong in ([ItemSpan(4, None)], [ItemSpan(5, None), ItemSpan(0, None)], []):
-        with pytest.raises(BadRequest, match="5 image tokens"):
-            locate_items([1, 9, 9, 2, 9, 3, 9, 9], image, wrong)
+        with pytest.raises(BadRequest, match="5 tokens for rows"):
+            locate_items(prompt, row_tokens, wrong)
 
 
 requests = st.tuples(

@@ -1,0 +1,199 @@
+"""Frames, text and pixels of a video are those of Transformers' own processor, to the bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.transformers_video import full_processor
+from tests.videos import frame
+from triptych.config import MediaLimits, ModelConfig
+from triptych.demo.families import FAMILIES
+from triptych.demo.tiny import make_tiny_model
+from triptych.errors import BadRequest, BadVideo, UnsupportedModel
+from triptych.media.clips import BY_FAMILY, VideoProcessor
+from triptych.media.processor import Processor
+from triptych.media.video import VideoHeader
+
+LIMITS = MediaLimits()
+NUM_FRAMES = {"llava_onevision": 32, "internvl": 8}
+SHAPES = [
+    (12, (96, 64), 4.0),
+    (40, (130, 50), 10.0),
+    (2, (64, 64), 4.0),
+    (7, (48, 200), 25.0),
+    (5, (20, 12), 1.0),
+    (61, (320, 240), 29.97),
+    (33, (448, 30), 1.5),
+]
+"""Frames, (width, height), frames per second."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    folder: Path
+    ours: Processor
+    theirs: Any
+    family: str
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    folder = make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", request.param)
+    ours = Processor(ModelConfig(str(folder)))
+    return Loaded(folder, ours, full_processor(folder), request.param)
+
+
+@cache
+def frames(n_frames: int, size: tuple[int, int]) -> Any:
+    """(frames, height, width, 3)"""
+    return np.stack([frame(i, size) for i in range(n_frames)])
+
+
+def compare(ours: Processor, theirs: Any, shape: Any, **sampling: Any) -> None:
+    n_frames, size, fps = shape
+    header = VideoHeader(*size, n_frames, fps)
+    plan = ours.plan_video(header, LIMITS)
+    pixels = frames(n_frames, size)
+    found = ours.preprocess_video((pixels[i] for i in plan.indices), plan)
+    expected = theirs(
+        text=[theirs.video_token],
+        videos=[pixels],
+        video_metadata=[{"total_num_frames": n_frames, "fps": fps}],
+        do_sample_frames=True,
+        return_tensors="pt",
+        **sampling,
+    )
+    assert plan.text == theirs.tokenizer.decode(expected["input_ids"][0])
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), (name, shape)
+        assert value.dtype == expected[name].dtype
+    if "second_per_grid_ts" in expected:
+        assert plan.second_per_grid == pytest.approx(float(expected["second_per_grid_ts"][0]))
+    rows = theirs.tokenizer.convert_tokens_to_ids(
+        theirs.image_token
+        if ours.hf.__class__.__name__.startswith("InternVL")
+        else theirs.video_token
+    )
+    assert plan.rows == expected["input_ids"][0].tolist().count(rows)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equal_to_transformers(loaded: Loaded, shape: Any) -> None:
+    if loaded.family in NUM_FRAMES:
+        # Theirs refuse to take more frames than there are; we take them all.
+        sampling = {"num_frames": min(NUM_FRAMES[loaded.family], shape[0])}
+    else:
+        sampling = {"fps": 2}
+    compare(loaded.ours, loaded.theirs, shape, **sampling)
+
+
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2_5_vl", {"size": {"shortest_edge": 28 * 28, "longest_edge": 100 * 100}}),
+    ("qwen2_5_vl", {"min_pixels": 4 * 28 * 28, "max_pixels": 16 * 28 * 28}),
+    ("qwen2_5_vl", {"cap_pixels_per_frame": True, "max_video_tokens": 60}),
+    ("qwen2_5_vl", {"max_frames": 6, "min_frames": 2, "resample": 2}),
+    ("qwen3_vl", {"size": {"shortest_edge": 64 * 64, "longest_edge": 300 * 300}}),
+    ("qwen3_vl", {"cap_pixels_per_frame": True, "max_video_tokens": 4}),
+    ("qwen3_vl", {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1], "max_frames": 5}),
+    ("internvl", {"initial_shift": False}),
+    ("internvl", {"size": {"height": 56, "width": 84}, "rescale_factor": 0.01}),
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), SETTINGS)
+def test_the_checkpoints_settings_count(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = make_tiny_model(tmp_path / "model", family)
+    change(folder, settings)
+    ours, theirs = Processor(ModelConfig(str(folder))), full_processor(folder)
+    for shape in SHAPES[:4] if family == "internvl" else SHAPES:
+        sampling = {"num_frames": min(8, shape[0])} if family == "internvl" else {"fps": 2}
+        compare(ours, theirs, shape, **sampling)
+
+
+def change(folder: Path, settings: dict[str, Any]) -> None:
+    file = folder / "video_preprocessor_config.json"
+    found = json.loads(file.read_text())
+    if "min_pixels" in settings:
+        del found["size"]
+    file.write_text(json.dumps({**found, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_frames"), [({"num_frames": 6}, 6), ({"fps": 4}, 12), ({"num_frames": 200}, 30)]
+)
+def test_the_checkpoint_says_how_many_frames(
+    loaded: Loaded, settings: dict[str, Any], n_frames: int
+) -> None:
+    file = json.loads((loaded.folder / "video_preprocessor_config.json").read_text())
+    videos = VideoProcessor(loaded.family, loaded.theirs, {**file, **settings}, "x", 14)
+    assert len(videos.plan(VideoHeader(64, 64, 30, 10.0), LIMITS).indices) == n_frames
+
+
+def test_settings_decide_the_fingerprint(loaded: Loaded, tmp_path: Path) -> None:
+    assert loaded.ours.video_fingerprint != loaded.ours.fingerprint
+    again = Processor(ModelConfig(str(loaded.folder)))
+    assert again.video_fingerprint == loaded.ours.video_fingerprint
+    folder = make_tiny_model(tmp_path / "model", loaded.family)
+    change(folder, {"fps": 1})
+    other = Processor(ModelConfig(str(folder)))
+    assert other.video_fingerprint != loaded.ours.video_fingerprint
+    assert other.fingerprint == loaded.ours.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("header", "limits", "reason"),
+    [
+        (VideoHeader(64, 64, 1, 4.0), LIMITS, "2 frames or more"),
+        (VideoHeader(2000, 5, 10, 4.0), LIMITS, "200 times as long"),
+        (VideoHeader(64, 64, 100, 4.0), MediaLimits(max_frames=20), "50 frames.*limit is 20"),
+    ],
+)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_what_the_processor_refuses(
+    family: str, header: VideoHeader, limits: MediaLimits, reason: str, tmp_path: Path
+) -> None:
+    processor = Processor(ModelConfig(str(make_tiny_model(tmp_path / "model", family))))
+    with pytest.raises(BadVideo, match=reason):
+        processor.plan_video(header, limits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"video_processor_type": "OtherVideoProcessor"}, "OtherVideoProcessor is not supported"),
+        ({"do_center_crop": True}, "cropping"),
+        ({"do_resize": False}, "do_resize"),
+        ({"resample": 1}, "filter 1"),
+        ({"size": {"shortest_edge": 10}}, "size without"),
+    ],
+)
+def test_what_is_not_done_here_is_said(
+    loaded: Loaded, settings: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=reason):
+        VideoProcessor(
+            loaded.family,
+            loaded.theirs,
+            {"video_processor_type": BY_FAMILY[loaded.family], **settings},
+            "x",
+            14,
+        )
+
+
+def test_a_model_without_a_video_processor_takes_no_videos(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "model", "internvl")
+    change(folder, {"do_rescale": False})
+    processor = Processor(ModelConfig(str(folder)))
+    assert not processor.takes_videos
+    with pytest.raises(BadRequest, match="internvl takes no videos here: .*do_rescale"):
+        processor.plan_video(VideoHeader(64, 64, 10, 4.0), LIMITS)
