@@ -8,7 +8,7 @@ import openai
 import torch
 
 from tests.end_to_end.cluster import timeline
-from tests.end_to_end.reference import Reference, question
+from tests.end_to_end.reference import Expected, Reference, question
 
 IMAGES: list[list[int]] = [[], [0], [1, 2, 3]]
 """Seeds of each request's pictures."""
@@ -20,28 +20,34 @@ TEXT = "Tell me about the pictures."
 def check(url: str, reference: Reference) -> None:
     """Text only, one image, three images: greedy answers with their best logprobs."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    name = client.models.list().data[0].id
     for seeds in IMAGES:
         expected = reference.answer(seeds, TEXT, MAX_TOKENS)
-        answer = client.chat.completions.create(
-            model=name,
-            messages=question(seeds, TEXT),  # type: ignore[arg-type]
-            max_tokens=MAX_TOKENS,
-            temperature=0,
-            logprobs=True,
-            top_logprobs=20,
-        )
-        choice = answer.choices[0]
-        assert choice.logprobs is not None and choice.logprobs.content is not None
-        got = choice.logprobs.content
-        assert len(got) == len(expected.ids), (seeds, choice.message.content, expected.text)
-        for position, token in enumerate(got):
-            row = expected.logprobs[position]
-            assert abs(token.logprob - row[expected.ids[position]].item()) < TOLERANCE
-            best = torch.tensor([other.logprob for other in token.top_logprobs])
-            assert (best - row.topk(20).values).abs().max() < TOLERANCE
-        assert choice.message.content == expected.text
-        assert answer.usage is not None and answer.usage.completion_tokens == len(expected.ids)
+        check_answer(client, question(seeds, TEXT), expected, MAX_TOKENS)
+
+
+def check_answer(
+    client: openai.OpenAI, messages: list[dict[str, Any]], expected: Expected, max_tokens: int
+) -> None:
+    """The greedy answer is ``expected``, with the best logprobs of each token."""
+    answer = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=messages,  # type: ignore[arg-type]
+        max_tokens=max_tokens,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=20,
+    )
+    choice = answer.choices[0]
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    got = choice.logprobs.content
+    assert len(got) == len(expected.ids), (choice.message.content, expected.text)
+    for position, token in enumerate(got):
+        row = expected.logprobs[position]
+        assert abs(token.logprob - row[expected.ids[position]].item()) < TOLERANCE
+        best = torch.tensor([other.logprob for other in token.top_logprobs])
+        assert (best - row.topk(20).values).abs().max() < TOLERANCE
+    assert choice.message.content == expected.text
+    assert answer.usage is not None and answer.usage.completion_tokens == len(expected.ids)
 
 
 def moved_by(url: str) -> set[str]:

@@ -23,7 +23,7 @@ from triptych.media.processor import Processor
 from triptych.models.loading import identity, load_encoder
 from triptych.models.vision import VisionModel
 from triptych.refs import EmbeddingRef
-from triptych.request import Span
+from triptych.request import Kind, Span
 from triptych.transfer.producer import Producer
 from triptych.transfer.region import Region
 
@@ -42,12 +42,14 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def request(name: str, files: list[bytes], *, data: bool = True) -> wire.EncodeRequest:
+def request(
+    name: str, files: list[bytes], *, data: bool = True, kind: Kind = "image"
+) -> wire.EncodeRequest:
     items = tuple(
-        wire.EncodeItem(index, hashlib.sha256(file).hexdigest(), file if data else None)
+        wire.EncodeItem(index, hashlib.sha256(file).hexdigest(), file if data else None, kind)
         for index, file in enumerate(files)
     )
-    return wire.EncodeRequest(name, items, images_in_request=len(files))
+    return wire.EncodeRequest(name, items, images_in_request=len(files) * (kind == "image"))
 
 
 class Gate:
@@ -142,8 +144,10 @@ class Bench:
         answer = await self.service.encode(message, ROUTER)
         return wire.decode(wire.encode(answer), wire.EncodeResponse).items
 
-    async def embeddings(self, name: str, files: list[bytes]) -> list[torch.Tensor]:
-        answers = await self.encode(request(name, files))
+    async def embeddings(
+        self, name: str, files: list[bytes], kind: Kind = "image"
+    ) -> list[torch.Tensor]:
+        answers = await self.encode(request(name, files, kind=kind))
         claims = [self.consumer.claim(answer.ref, name) for answer in answers if answer.ref]
         assert len(claims) == len(files), answers
         return [await self.consumer.read(number) for number in claims]

@@ -21,6 +21,7 @@ from PIL import Image
 
 from tests.end_to_end.cluster import Cluster
 from tests.end_to_end.reference import data_uri, picture, question
+from tests.videos import sound, video, video_uri
 from triptych.decode.server import DecodeService
 from triptych.demo.tiny import make_tiny_model
 from triptych.encoder.server import EncoderWorker
@@ -146,6 +147,42 @@ def test_bad_image(cluster: Cluster, image: Callable[[], str], reason: str) -> N
     assert {"message", "type", "param", "code"} <= set(error)
     nothing_left(cluster)
     assert post(cluster.url, body(cluster))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("film", "reason"),
+    [
+        (lambda: b"", "empty"),
+        (lambda: b"this is no film", "not a readable video"),
+        (lambda: png(64, 64), "not a readable video"),
+        (lambda: video(1, 20)[:2000], "not a readable video"),
+        (sound, "no video in it"),
+        (lambda: video(1, 1), "2 frames or more"),
+        (lambda: video(1, 3, (2000, 8)), "200 times"),
+    ],
+)
+def test_bad_video(cluster: Cluster, film: Callable[[], bytes], reason: str) -> None:
+    good = {"type": "video_url", "video_url": {"url": video_uri(video(3))}}
+    image = {"type": "image_url", "image_url": {"url": data_uri(picture(9))}}
+    bad = {"type": "video_url", "video_url": {"url": video_uri(film())}}
+    messages = [{"role": "user", "content": [good, image, bad]}]
+    status, answer = post(cluster.url, body(cluster, messages=messages))
+    assert status == 400, answer
+    error = answer["error"]
+    assert error["message"].startswith("video 2: ")
+    assert reason in error["message"]
+    assert error["param"] == "messages[0].content[2].video_url"
+    assert error["code"] == "invalid_video"
+    nothing_left(cluster)
+    assert post(cluster.url, body(cluster))[0] == 200
+
+
+def test_too_many_videos(cluster: Cluster) -> None:
+    part = {"type": "video_url", "video_url": {"url": video_uri(video(3))}}
+    status, answer = post(
+        cluster.url, body(cluster, messages=[{"role": "user", "content": [part] * 9}])
+    )
+    assert (status, answer["error"]["message"]) == (400, "9 videos, the limit is 8")
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_rows_are_read_in_place_and_never_after_consumed(driver: Driver, images:
 def bad_requests(images: Case) -> dict[str, tuple[AddRequest, type[TriptychError], str]]:
     ids, spans = images.token_ids, images.spans
     return {
-        "rows": (AddRequest("bad", ids, spans[:2], GREEDY), BadRequest, "image tokens"),
+        "rows": (AddRequest("bad", ids, spans[:2], GREEDY), BadRequest, "tokens for rows"),
         "grids": (
             AddRequest("bad", ids, tuple(ItemSpan(s.rows, (1, 2, 2)) for s in spans), GREEDY),
             BadRequest,

@@ -90,7 +90,7 @@ def for_hf(messages: list[dict[str, Any]], images: list[Image.Image]) -> list[di
 async def test_token_ids_equal_the_processors(loaded: Loaded, name: str) -> None:
     prompter, processor = loaded
     chat = request_of(CONVERSATIONS[name])
-    images = [Image.new("RGB", SIZES[i], (50 * i, 90, 10)) for i in range(len(chat.images()))]
+    images = [Image.new("RGB", SIZES[i], (50 * i, 90, 10)) for i in range(len(chat.items()))]
     texts, rows = [], 0
     for image in images:
         raw = io.BytesIO()
