@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.end_to_end.cluster import Cluster, timeline
-from tests.end_to_end.reference import Reference, question
+from tests.end_to_end.reference import Expected, Reference, question
 from triptych.config import TransportName
 from triptych.demo.tiny import make_tiny_model
 from triptych.transfer.transports.mooncake import has_nvlink
@@ -36,10 +36,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     yield model
 
 
-def ask(url: str, seeds: list[int]) -> dict[str, Any]:
+def ask(url: str, messages: list[dict[str, Any]]) -> dict[str, Any]:
     body = {
         "model": "model",
-        "messages": question(seeds, TEXT),
+        "messages": messages,
         "max_tokens": MAX_TOKENS,
         "temperature": 0,
         "logprobs": True,
@@ -55,21 +55,25 @@ def ask(url: str, seeds: list[int]) -> dict[str, Any]:
         return dict(json.load(answer))
 
 
+def compare(answer: dict[str, Any], expected: Expected) -> None:
+    choice = answer["choices"][0]
+    got = choice["logprobs"]["content"]
+    assert choice["message"]["content"] == expected.text
+    assert len(got) == len(expected.ids)
+    gaps = [
+        abs(token["logprob"] - expected.logprobs[i][expected.ids[i]].item())
+        for i, token in enumerate(got)
+    ]
+    assert max(gaps) < TOLERANCE, gaps
+
+
 def check(url: str, reference: Reference) -> set[str]:
     """Greedy answers with 0, 1 and 3 images; the transports their bytes took."""
     moved: set[str] = set()
     for seeds in ([], [0], [1, 2, 3]):
         expected = reference.answer(seeds, TEXT, MAX_TOKENS)
-        answer = ask(url, seeds)
-        choice = answer["choices"][0]
-        got = choice["logprobs"]["content"]
-        assert choice["message"]["content"] == expected.text, seeds
-        assert len(got) == len(expected.ids)
-        gaps = [
-            abs(token["logprob"] - expected.logprobs[i][expected.ids[i]].item())
-            for i, token in enumerate(got)
-        ]
-        assert max(gaps) < TOLERANCE, gaps
+        answer = ask(url, question(seeds, TEXT))
+        compare(answer, expected)
         spans = timeline(url, answer["id"].removeprefix("chatcmpl-"))["spans"]
         moved |= {span["transport"] for span in spans if span["name"] in ("read", "kv_read")}
     return moved
@@ -106,5 +110,5 @@ def test_families(models, family: str, topology: str) -> None:  # type: ignore[n
 def test_bfloat16_answers(models) -> None:  # type: ignore[no-untyped-def]
     folder, _ = models("qwen3_vl")
     with Cluster(folder, transport="http", device=DEVICE, dtype="bfloat16") as cluster:
-        answer = ask(cluster.url, [1, 2])
+        answer = ask(cluster.url, question([1, 2], TEXT))
         assert answer["usage"]["completion_tokens"] >= 1
