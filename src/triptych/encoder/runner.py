@@ -236,7 +236,10 @@ class Runner:
 def warm_up_batches(
     model: VisionModel, processor: Processor, batch_patches: int
 ) -> list[list[Item]]:
-    """Batches for ``Runner.start``: one small image, several sizes, and as much as may come."""
+    """Batches for ``Runner.start``: as much as may come, several sizes, and one small image.
+
+    In this order: compiled kernels serve every size, but are laid out for the first they see.
+    """
 
     def item(width: int, height: int, images_in_request: int = 1) -> Item:
         image = Image.new("RGB", (width, height), (127, 64, 32))
@@ -244,7 +247,7 @@ def warm_up_batches(
 
     large = item(1920, 1080)
     count = max(1, batch_patches // model.patches(large))
-    return [[item(96, 64)], [item(448, 448, 2), item(320, 224, 2)], [large] * count]
+    return [[large] * count, [item(448, 448, 2), item(320, 224, 2)], [item(96, 64)]]
 
 
 def self_check(model: VisionModel, processor: Processor) -> None:
