@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import torch
 
 from tests.end_to_end.checks import check, moved_by, tokens
 from tests.end_to_end.cluster import Cluster
@@ -19,14 +18,6 @@ from triptych.demo.tiny import make_tiny_model
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "llava_onevision", "internvl")
 TRANSPORTS = [name for name in get_args(TransportName) if name != "auto"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import openai
 import pytest
-import torch
 
 from tests.end_to_end.checks import check_answer
 from tests.end_to_end.cluster import Cluster
@@ -33,14 +32,6 @@ CONVERSATIONS: dict[str, list[Part]] = {
         ("text", "Compare."),
     ],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
