@@ -35,6 +35,7 @@ def test_fifty_questions_apart_and_in_one_process(tmp_path: Path) -> None:
         )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["differing"] == []
     ours, theirs = found["results"]
     assert len(ours["answers"]) == len(theirs["answers"]) == 50
     for mine, other in zip(ours["answers"], theirs["answers"], strict=True):

@@ -191,10 +191,29 @@ async def test_a_run_scores_every_question(
     assert [each["right"] for each in result["answers"]] == expected
     assert result["accuracy"] == sum(expected) / 20
     assert sum(part["questions"] for part in result["subfields"].values()) == 20
-    assert written["same_responses"] == 20
+    assert written["differing"] == []
     printed = capsys.readouterr().out
     assert "20 of 20 responses are the same text" in printed
     assert f"{sum(expected) / 20:.1%}" in printed
+
+
+async def test_answers_that_differ_are_shown(
+    server: tuple[Server, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small, url = server
+    data = generated.write(tmp_path / "q.parquet", 4)
+    said = iter(["one", "two", "three", "four", "one", "two", "THREE", "four"])
+    monkeypatch.setattr(small, "say", lambda text: next(said))
+    out = tmp_path / "out.json"
+    await evaluation.run(EvalConfig(data, url, url, concurrency=1, json=out))
+    printed = capsys.readouterr().out
+    assert "3 of 4 responses are the same text" in printed
+    third = read(data, "")[2].id
+    assert f"{third}: three | THREE" in printed
+    assert json.loads(out.read_text())["differing"] == [third]
 
 
 async def test_a_question_without_an_answer_is_wrong_and_named(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
@@ -21,6 +21,8 @@ from triptych.eval.config import EvalConfig
 from triptych.eval.dataset import Item, read
 
 SAY_ERRORS = 3
+SAY_DIFFERENCES = 20
+"""Of each kind so many are printed; the JSON file has all."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,12 @@ async def run(config: EvalConfig) -> int:
         if errors:
             console.print(f"{result.url}: {len(errors)} questions without an answer", style="red")
     if len(results) == 2:
-        console.print(f"{same(results)} of {len(items)} responses are the same text")
+        differing = list(differences(results))
+        n_same = len(items) - len(differing)
+        console.print(f"{n_same} of {len(items)} responses are the same text")
+        for one, other in differing[:SAY_DIFFERENCES]:
+            texts = " | ".join(each.error or each.response for each in (one, other))
+            console.print(f"{one.id}: {texts}", soft_wrap=True)
     if config.json is not None:
         config.json.write_text(json.dumps(report(config, results), indent=1) + "\n", "utf-8")
     return 1 if any(each.error for result in results for each in result.scored) else 0
@@ -115,11 +122,12 @@ def score(item: Item, reply: Reply, rng: Random) -> Scored:
     return Scored(item.id, item.subfield, reply.text, taken_as, answer, right, guessed, reply.error)
 
 
-def same(results: Sequence[Result]) -> int:
-    """Questions to which two servers gave the same text."""
+def differences(results: Sequence[Result]) -> Iterator[tuple[Scored, Scored]]:
+    """Questions to which two servers did not give the same text."""
     one, other = results
-    pairs = zip(one.scored, other.scored, strict=True)
-    return sum(a.response == b.response and not (a.error or b.error) for a, b in pairs)
+    for a, b in zip(one.scored, other.scored, strict=True):
+        if a.response != b.response or a.error or b.error:
+            yield a, b
 
 
 def table(results: Sequence[Result]) -> Table:
@@ -158,5 +166,5 @@ def report(config: EvalConfig, results: Sequence[Result]) -> dict[str, Any]:
             }
             for result in results
         ],
-        "same_responses": same(results) if len(results) == 2 else None,
+        "differing": [a.id for a, _ in differences(results)] if len(results) == 2 else None,
     }
