@@ -75,6 +75,11 @@ def together(served: Served, role: str = "", after: int = 0) -> list[list[str]]:
 def answer(url: str, number: int, come: Tokens) -> list[str]:
     """The tokens of one streamed answer; greedy for even numbers, seeded draws for odd ones."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+    with client:
+        return read(client, number, come)
+
+
+def read(client: openai.OpenAI, number: int, come: Tokens) -> list[str]:
     stream = client.chat.completions.create(
         model=client.models.list().data[0].id,
         messages=question([number, number + 1]),  # type: ignore[arg-type]

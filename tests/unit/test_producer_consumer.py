@@ -14,13 +14,14 @@ import msgspec
 import pytest
 
 from tests.transfer_pair import LONG, NBYTES, SHAPE, Pair, paired, piece_range, until
-from tests.transfer_rig import FAST, SECRET, Puller, Worker, hello
+from tests.transfer_rig import FAST, SECRET, Puller, Worker, hello, refusing
 from triptych import wire
 from triptych.config import TransportName
 from triptych.errors import (
     ConfigError,
     PeerRefused,
     TransferFailed,
+    WorkerLost,
 )
 from triptych.states import SlotState
 from triptych.transfer.channel import Channel
@@ -172,6 +173,18 @@ async def test_a_forced_transport_that_is_not_offered_is_an_error() -> None:
         with pytest.raises(TransferFailed, match="shm: not offered"):
             await pair.pull(ref)
         await puller.close()
+
+
+async def test_all_who_waited_for_a_dial_get_an_error_of_their_own() -> None:
+    """They write into it which of a request's items it is about."""
+    async with paired() as pair:
+        ref, _ = pair.embed()
+        with refusing() as url:
+            gone = msgspec.structs.replace(ref, owner=url)
+            tasks = [pair.start(gone, f"r{index}") for index in range(3)]
+            errors = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(error, WorkerLost) for error in errors)
+        assert len({id(error) for error in errors}) == 3
 
 
 async def test_refs_that_name_no_worker_are_not_dialled() -> None:

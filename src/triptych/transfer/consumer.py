@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import itertools
 import logging
@@ -231,6 +232,9 @@ class Consumer:
             raise DeadlineExceeded(f"opening a channel to {url}")
         if task.cancelled():
             raise WorkerLost(f"{url}: closing")
+        if (error := task.exception()) is not None:
+            # Each who waited gets its own: they write into it which item it is about.
+            raise copy.copy(error) from error
         return task.result()
 
     def _opened(self, url: str, task: asyncio.Task[_Producer]) -> None:
