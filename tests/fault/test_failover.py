@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import threading
 import time
@@ -68,7 +67,7 @@ def together(served: Served, role: str = "", after: int = 0) -> list[list[str]]:
         asked = [pool.submit(answer, served.url, n, come) for n in range(REQUESTS)]
         if role:
             come.wait_for(after)
-            random.choice(served.workers(role)).kill()
+            served.workers(role)[0].kill()  # the oldest: each is started again a few times only
         return [each.result() for each in asked]
 
 
