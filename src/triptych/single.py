@@ -7,6 +7,7 @@ is processes, not steps. That makes it the reference that the other topologies a
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import importlib
 import signal
@@ -20,6 +21,11 @@ from triptych.launch import role_configs
 GC_OBJECTS = 20_000
 """New objects between two looks of the collector; at Python's 700 it looks several times a request,
 at messages that are about to be freed anyway."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+LARGE_NBYTES = 32 << 20
+"""Smaller allocations come from the heap; glibc takes no more here."""
+KEPT_NBYTES = 256 << 20
+"""So much freed memory a heap keeps for the next who asks."""
 
 
 class Server(Protocol):
@@ -37,11 +43,22 @@ def create(role: str, config: Any, secrets: Secrets) -> Server:
 
     Blocks while the model loads. Raises ConfigError and UnsupportedModel.
     """
+    _keep_freed_memory()
     made: Server = importlib.import_module(f"triptych.{role}.server").create(config, secrets)
     gc.collect()
     gc.freeze()  # what is loaded lives as long as the process: no need to search it ever again
     gc.set_threshold(GC_OBJECTS, 20, 20)
     return made
+
+
+def _keep_freed_memory() -> None:
+    """Arrays of some MiB come and go with every image and every step. By itself glibc returns them
+    to the kernel, and the next one's pages are faulted in one by one: half of what preprocessing
+    a small image took."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other C libraries have none
+        mallopt(_M_MMAP_THRESHOLD, LARGE_NBYTES)
+        mallopt(_M_TRIM_THRESHOLD, KEPT_NBYTES)
 
 
 async def run_role(role: str, config: Any, secrets: Secrets) -> None:
