@@ -17,7 +17,6 @@ from triptych.demo.tiny import make_tiny_model
 from triptych.media.image import ImageHeader
 from triptych.media.processor import Processor
 
-pytest.importorskip("torchvision")
 GREY_LEVEL = 1 / 255 / 0.26
 """Of normalised pixels: the smallest deviation that the families' processors divide by."""
 SIZES = [(96, 64), (333, 517), (448, 448), (1920, 1080)]
@@ -25,6 +24,7 @@ SIZES = [(96, 64), (333, 517), (448, 448), (1920, 1080)]
 
 @pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl", "llava_onevision", "internvl"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("torchvision")
     return make_tiny_model(tmp_path_factory.mktemp(request.param), request.param)
 
 
