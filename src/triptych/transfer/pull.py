@@ -29,6 +29,8 @@ class Pull:
     ready: deque[wire.Ready] = field(default_factory=deque)
     """Not read yet."""
     valid: deque[wire.Valid] = field(default_factory=deque)
+    n_valid: int = 0
+    """How many such answers have come: questions are answered in the order they were asked."""
     error: TriptychError | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     count: int = 0
@@ -42,6 +44,7 @@ class Pull:
                 self.ready.append(message)
             case wire.Valid():
                 self.valid.append(message)
+                self.n_valid += 1
             case wire.Denied():
                 item = None if message.item < 0 else message.item
                 self.error = rebuild(message.error, message.reason, item=item)
@@ -102,6 +105,8 @@ class Loan:
         self._send = send
         self._forget = forget
         self._timeout_s = timeout_s
+        self._asked = 0
+        """Validations begun."""
 
     async def validate(self) -> None:
         """Return if the lease lives still: all that was read until now was right.
@@ -112,10 +117,11 @@ class Loan:
         pull = self._pull
         if pull.state is not PullState.IN_PLACE:
             raise TransferFailed(f"slot {pull.ref.slot} is not lent any more")
+        self._asked += 1
+        number = self._asked  # the answer to an earlier question says nothing of later reads
         self._send(wire.Validate(pull.claim, 0, 1))
         answer_by = asyncio.get_running_loop().time() + self._timeout_s
-        await pull.until(lambda: bool(pull.valid), answer_by, "validation")
-        pull.valid.popleft()
+        await pull.until(lambda: pull.n_valid >= number, answer_by, "validation")
         if pull.state is not PullState.IN_PLACE:
             raise TransferFailed(f"slot {pull.ref.slot} was given back meanwhile")
         pull.step(PullEvent.VALID)

@@ -25,7 +25,7 @@ from triptych.refs import AnyRef, EmbeddingRef, KVRef
 from triptych.states import SLOT, SlotEvent, SlotState, advance
 
 REMEMBERED_LAPSES = 1024
-"""Leases of consumers that ended by silence or loss: so many may be claimed again."""
+"""Requests whose claimed leases ended by silence or loss: those of so many may be claimed again."""
 REMEMBERED_SESSIONS = 1024
 """Ended sessions that are known to have ended: a request may outlive the channel it came by."""
 EXPIRED = "expired"
@@ -76,8 +76,8 @@ class Lender:
         self._claims: dict[tuple[str, int], Lease] = {}
         self._heard: dict[str, float] = {}
         """When a session that holds leases was last heard of."""
-        self._lapsed: OrderedDict[tuple[str, int], None] = OrderedDict()
-        """(request id, slot) whose claimed lease ended against its consumer's will."""
+        self._lapsed: OrderedDict[str, set[int]] = OrderedDict()
+        """Request id → slots of which its claimed lease ended against its consumer's will."""
         self._gone: OrderedDict[str, None] = OrderedDict()
         """Sessions that have ended, the latest last."""
 
@@ -168,8 +168,7 @@ class Lender:
             if lease.claim is not None:
                 self._deny(lease.holder, lease.claim, error, "cancelled")
             self._drop(lease)
-        for lapsed in [lapsed for lapsed in self._lapsed if lapsed[0] == request_id]:
-            del self._lapsed[lapsed]
+        self._lapsed.pop(request_id, None)
 
     def session_lost(self, session: str) -> None:
         """Drop all leases of a session, for good. Idempotent."""
@@ -306,7 +305,7 @@ class Lender:
     def _lapse(self, lease: Lease) -> None:
         """It ends against its holder's will."""
         if lease.claim is not None:
-            self._lapsed[lease.request_id, lease.slot.ref.slot] = None
+            self._lapsed.setdefault(lease.request_id, set()).add(lease.slot.ref.slot)
             if len(self._lapsed) > REMEMBERED_LAPSES:
                 self._lapsed.popitem(last=False)
         self._drop(lease)
@@ -316,9 +315,11 @@ class Lender:
         that lapsed."""
         leases = self._by_request.get(request_id, ())
         lease = next((x for x in leases if x.slot is entry and x.claim is None), None)
-        lapsed = (request_id, entry.ref.slot)
-        if lease is None and lapsed in self._lapsed:
-            del self._lapsed[lapsed]
+        lapsed = self._lapsed.get(request_id, set())
+        if lease is None and entry.ref.slot in lapsed:
+            lapsed.remove(entry.ref.slot)
+            if not lapsed:
+                del self._lapsed[request_id]
             lease = self._lease(entry, (session, request_id), now)
         return lease
 

@@ -217,8 +217,8 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-class NvlinkLink:
-    """Copies between GPUs (or within one): each call returns when its copies are done."""
+class _EngineLink:
+    """What both kinds of link know."""
 
     memory = None
     """Bytes move."""
@@ -228,6 +228,16 @@ class NvlinkLink:
         self._offer = offer
         self._region = region
         self._aborted = False
+
+    def abort(self) -> None:
+        self._aborted = True
+
+    def close(self) -> None:
+        """The engine keeps its connections and what it has mapped; nothing of ours is open."""
+
+
+class NvlinkLink(_EngineLink):
+    """Copies between GPUs (or within one): each call returns when its copies are done."""
 
     def read(self, pieces: Sequence[Read], timeout_s: float) -> None:
         check_bounds(pieces, self._offer.nbytes, self._region)
@@ -251,24 +261,9 @@ class NvlinkLink:
                         f"the engine ended a read with status {status}", quarantine_s=_QUARANTINE_S
                     )
 
-    def abort(self) -> None:
-        self._aborted = True
 
-    def close(self) -> None:
-        """The engine keeps the peer's memory mapped; nothing of ours is open."""
-
-
-class MooncakeLink:
+class MooncakeLink(_EngineLink):
     """Reads by RDMA or TCP, submitted and polled."""
-
-    memory = None
-    """Bytes move."""
-
-    def __init__(self, engine: TransferEngine, offer: TransportOffer, region: BaseRegion) -> None:
-        self._engine = engine
-        self._offer = offer
-        self._region = region
-        self._aborted = False
 
     def read(self, pieces: Sequence[Read], timeout_s: float) -> None:
         check_bounds(pieces, self._offer.nbytes, self._region)
@@ -318,9 +313,3 @@ class MooncakeLink:
                 quarantine_s=_QUARANTINE_S if others_run else 0.0,
             )
         return batch
-
-    def abort(self) -> None:
-        self._aborted = True
-
-    def close(self) -> None:
-        """The engine keeps its connections; nothing of ours is open."""

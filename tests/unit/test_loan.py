@@ -1,0 +1,72 @@
+"""A loan's validations: each is answered by its own answer."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+from triptych import wire
+from triptych.errors import DeadlineExceeded, TransferFailed
+from triptych.refs import EmbeddingRef
+from triptych.states import PullEvent
+from triptych.transfer.pull import Loan, Pull
+
+REF = EmbeddingRef(
+    owner="http://here:1",
+    nonce="n",
+    slot=1,
+    generation=1,
+    nbytes=8,
+    key="k",
+    dtype="uint8",
+    shape=(1, 1, 8),
+)
+VALID = wire.Valid(7, 0, 1)
+
+
+def make(sent: list[wire.Message], timeout_s: float = 10.0) -> tuple[Pull, Loan]:
+    pull = Pull(7, REF)
+    pull.step(PullEvent.MAP)
+    memory = torch.zeros(8, dtype=torch.uint8)
+    return pull, Loan(pull, memory, "shm", sent.append, lambda claim: None, timeout_s)
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_an_answer_is_for_the_question_it_follows() -> None:
+    sent: list[wire.Message] = []
+    pull, loan = make(sent)
+    first = asyncio.create_task(loan.validate())
+    second = asyncio.create_task(loan.validate())
+    await settle()
+    assert sent == [wire.Validate(7, 0, 1)] * 2
+    pull.take(VALID)
+    await settle()
+    assert first.done() and not second.done()
+    pull.take(wire.Expired(7))
+    with pytest.raises(TransferFailed, match="expired"):
+        await second
+    await first
+
+
+async def test_an_answer_that_came_too_late_proves_nothing_later() -> None:
+    sent: list[wire.Message] = []
+    pull, loan = make(sent, timeout_s=0.01)
+    with pytest.raises(DeadlineExceeded, match="validation"):
+        await loan.validate()
+    pull.take(VALID)
+    with pytest.raises(DeadlineExceeded, match="validation"):
+        await loan.validate()
+    pull.take(VALID)
+    third = asyncio.create_task(loan.validate())
+    await settle()
+    assert not third.done()
+    pull.take(VALID)
+    await third
+    loan.release()
+    assert sent[-1] == wire.Release(7)
