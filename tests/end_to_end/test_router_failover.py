@@ -14,6 +14,7 @@ from triptych import wire
 from triptych.config import ModelConfig
 from triptych.demo.tiny import make_tiny_model
 from triptych.errors import WorkerLost
+from triptych.router import pipeline
 from triptych.router.prompt import Prompter
 
 
@@ -23,12 +24,15 @@ def prompter(tmp_path_factory: pytest.TempPathFactory) -> Prompter:
 
 
 async def lose_decode_after(
-    d: Deployment, n_chunks: int
+    d: Deployment, n_chunks: int, *, encoders_forget: bool = False
 ) -> tuple[AsyncIterator[Any], list[Any], StubWorker]:
     """(the rest of the stream, its chunks so far, the worker that has died)."""
     stream = await d.ask(stream=True, messages=with_images(b"1"), seed=5)
     seen = [await anext(stream) for _ in range(n_chunks)]
     victim = next(w for w in d.workers if w.role == "decode" and w.seen("/decode"))
+    if encoders_forget:
+        for worker in d.workers:
+            worker.known.clear()
     await victim.die()
     return stream, seen, victim
 
@@ -95,3 +99,44 @@ async def test_losing_worker_after_worker_ends_by_name_unless_the_answer_goes_on
     async with deploy(prompter, *workers) as d:
         with pytest.raises(openai.APIError, match="on purpose"):
             await d.ask()
+
+
+class Fetches:
+    """Counts what the router fetches; ``changing``: every time it is another file."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, changing: bool = False) -> None:
+        self.count = 0
+        self.changing = changing
+        monkeypatch.setattr(pipeline, "fetch", self.fetch)
+
+    async def fetch(self, url: str, **limits: Any) -> bytes:
+        self.count += 1
+        return f"{url}{self.count if self.changing else 0}".encode()
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+async def test_bytes_are_fetched_again_only_for_an_encoder_that_has_not_the_embedding(
+    prompter: Prompter, monkeypatch: pytest.MonkeyPatch, forgotten: bool
+) -> None:
+    fetches = Fetches(monkeypatch)
+    workers = [*epd(), StubWorker("decode", 1)]
+    workers[3].pause_s = workers[4].pause_s = 0.1
+    async with deploy(prompter, *workers) as d:
+        stream, seen, _ = await lose_decode_after(d, 3, encoders_forget=forgotten)
+        seen += [chunk async for chunk in stream]
+        assert "".join(c.choices[0].delta.content or "" for c in seen) == SAID
+        assert fetches.count == (2 if forgotten else 1)
+
+
+async def test_a_file_that_has_changed_meanwhile_ends_the_stream_by_name(
+    prompter: Prompter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Fetches(monkeypatch, changing=True)
+    workers = [*epd(), StubWorker("decode", 1)]
+    workers[3].pause_s = workers[4].pause_s = 0.1
+    async with deploy(prompter, *workers) as d:
+        stream, _, _ = await lose_decode_after(d, 3, encoders_forget=True)
+        with pytest.raises(openai.APIError, match="has changed since the request came"):
+            async for _ in stream:
+                pass
+        assert all_idle(d)

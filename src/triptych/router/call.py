@@ -11,12 +11,13 @@ from triptych.request import KINDS, Kind, Sampling
 from triptych.router.openai import ChatRequest, ItemInput
 
 
-@dataclass(frozen=True)
+@dataclass
 class File:
     """An item's raw bytes."""
 
     kind: Kind
-    data: bytes
+    data: bytes | None
+    """None once the first token has come."""
     digest: str
     """SHA-256, hex."""
 

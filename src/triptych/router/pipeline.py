@@ -32,7 +32,7 @@ from triptych.router.detokenize import Detokenizer
 from triptych.router.inbox import Inboxes, StageFailed
 from triptych.router.membership import Membership, Worker
 from triptych.router.offload import INLINE_NBYTES, offload
-from triptych.router.openai import DEFAULT_MAX_TOKENS, SEED_BITS, ChatRequest, ItemInput
+from triptych.router.openai import DEFAULT_MAX_TOKENS, SEED_BITS, ChatRequest
 from triptych.router.placement import answering_roles
 from triptych.router.prompt import Prompter
 from triptych.router.timelines import Timelines
@@ -81,14 +81,11 @@ class Pipeline:
                 rendered = self._prompter.render(call.chat)
                 call.arrange(self._prompter.order(rendered))
                 files = await self._fetch(call)
-                digests = [file.digest for file in files]
                 text = Detokenizer(self._prompter.decode, call.chat.stops)
                 while True:
                     attempt = self._next_attempt(call)
                     cancel: Sequence[Worker] | None = None
                     try:
-                        if len(files) < len(digests):
-                            files = await self._fetch_again(call, digests)
                         items = await self._encode(call, attempt, files)
                         prompt = await self._expand(call, attempt, rendered, items)
                         await self._start(call, attempt, prompt, items)
@@ -114,35 +111,38 @@ class Pipeline:
                 )
         free = asyncio.Semaphore(FETCHES)
 
-        async def one(index: int, item: ItemInput) -> File:
+        async def one(index: int) -> File:
             async with free:
-                start = time.time()
-                try:
-                    data = await fetch(
-                        item.url,
-                        max_bytes=limits.max_bytes
-                        if item.kind == "image"
-                        else limits.max_video_bytes,
-                        timeout_s=self._timeouts.media,
-                        allow_private=self._config.allow_private_media,
-                        root=self._config.allowed_media_root,
-                    )
-                except ClientError as error:
-                    error.item = index
-                    raise
-                digest = await offload(len(data) <= INLINE_NBYTES, _digest, data)
-                self._span(call, "fetch", start, item=index, nbytes=len(data))
-                return File(item.kind, data, digest)
+                return await self._fetch_one(call, index)
 
-        return await together(one(i, item) for i, item in enumerate(call.items))
+        return await together(one(index) for index in range(len(call.items)))
 
-    async def _fetch_again(self, call: Call, digests: Sequence[str]) -> list[File]:
-        """What was forgotten when the first token came. Raises BadMedia if it is not the same."""
-        files = await self._fetch(call)
-        for index, (file, digest) in enumerate(zip(files, digests, strict=True)):
-            if file.digest != digest:
-                raise BadMedia("it has changed since the request came", item=index)
-        return files
+    async def _fetch_one(self, call: Call, index: int) -> File:
+        start, limits, item = time.time(), self._config.limits, call.items[index]
+        try:
+            data = await fetch(
+                item.url,
+                max_bytes=limits.max_bytes if item.kind == "image" else limits.max_video_bytes,
+                timeout_s=self._timeouts.media,
+                allow_private=self._config.allow_private_media,
+                root=self._config.allowed_media_root,
+            )
+        except ClientError as error:
+            error.item = index
+            raise
+        digest = await offload(len(data) <= INLINE_NBYTES, _digest, data)
+        self._span(call, "fetch", start, item=index, nbytes=len(data))
+        return File(item.kind, data, digest)
+
+    async def _fetch_again(self, call: Call, files: Sequence[File], indices: Sequence[int]) -> None:
+        """Bytes that were forgotten when the first token came, for an encoder that has not their
+        embedding. Raises BadMedia if they are not the same any more."""
+        for index in indices:
+            if files[index].data is None:
+                found = await self._fetch_one(call, index)
+                if found.digest != files[index].digest:
+                    raise BadMedia("it has changed since the request came", item=index)
+                files[index].data = found.data
 
     def _next_attempt(self, call: Call) -> Attempt:
         call.tries += 1
@@ -184,7 +184,8 @@ class Pipeline:
         """
 
         async def ask(indices: Sequence[int], up_to: float) -> list[wire.EncodedItem]:
-            sent = {i: files[i].data for i in indices if len(files[i].data) <= up_to}
+            known = ((i, files[i].data) for i in indices)
+            sent = {i: data for i, data in known if data is not None and len(data) <= up_to}
             message = wire.EncodeRequest(
                 request_id=attempt.wire_id,
                 items=tuple(
@@ -202,10 +203,12 @@ class Pipeline:
         known = await ask(indices, SMALL_NBYTES)
         missed = [item.index for item in known if item.miss]
         if missed:
+            await self._fetch_again(call, files, missed)
             known = [item for item in known if not item.miss] + await ask(missed, math.inf)
         n_known = sum(item.cached for item in known)
         note = f"{worker.worker_id}: {counted([files[i] for i in indices])}, {n_known} known"
-        nbytes = sum(len(files[i].data) for i in indices if i in missed or _small(files[i]))
+        sizes = {i: len(files[i].data or b"") for i in indices}
+        nbytes = sum(n for i, n in sizes.items() if i in missed or n <= SMALL_NBYTES)
         self._span(call, "encode_call", start, nbytes=nbytes, note=note)
         return known
 
@@ -318,7 +321,8 @@ class Pipeline:
             if not first_token:
                 first_token = time.time()
                 attempt.discharge("encoder", "prefill")
-                files.clear()  # seldom needed again, and then they can be fetched again
+                for file in files:
+                    file.data = None  # seldom asked for again, and then fetched again
             if not call.tokens:
                 metrics.first_token_seconds.observe(first_token - call.arrived)
             new, used, finish = "", 0, ""
@@ -371,10 +375,6 @@ class Pipeline:
         self._timelines.own(
             call.request_id, name, start, time.time(), item=item, nbytes=nbytes, note=note
         )
-
-
-def _small(file: File) -> bool:
-    return len(file.data) <= SMALL_NBYTES
 
 
 def _digest(data: bytes) -> str:
