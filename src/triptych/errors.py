@@ -11,6 +11,7 @@
     │   ├── Unauthorized       the API key is missing or wrong                                401
     │   └── UnknownModel       the model asked for is not the one served                      404
     ├── Overloaded             nobody is at fault; try again later                            429
+    │   └── NoRoom             a pool is full, and the request was not to wait for it         429
     ├── Cancelled              the client went away or asked for an end                       499
     ├── DeadlineExceeded       a named timeout passed                                         504
     ├── WorkerLost             a worker died or cannot be reached; another may do the work    503
@@ -87,6 +88,10 @@ class Overloaded(TriptychError):
     ) -> None:
         super().__init__(message, item=item)
         self.retry_after_s = retry_after_s
+
+
+class NoRoom(Overloaded):
+    pass
 
 
 class Cancelled(TriptychError):

@@ -24,7 +24,7 @@ import msgspec
 from triptych.refs import AnyRef, EmbeddingRef, KVLayout, KVRef
 from triptych.request import ItemMeta, Kind, Sampling, Span, TokenEvent
 
-VERSION = 3
+VERSION = 4
 """Of this file's messages. Peers of another version are refused at hello, both named."""
 MAX_FRAME = 16 << 20
 """Bytes of the largest channel frame."""
@@ -277,6 +277,8 @@ class EncodeRequest(Message, frozen=True, tag="encode"):
     items: tuple[EncodeItem, ...]
     images_in_request: int
     """Some models lay an image out differently when it is not alone."""
+    wait: bool = True
+    """For room in the pool, if there is none; else the answer is NoRoom."""
 
 
 class EncodedItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

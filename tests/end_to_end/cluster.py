@@ -43,6 +43,7 @@ class Cluster:
     topology: str = "E/P/D"
     transport: TransportName = "auto"
     encoders: int = 1
+    pool_mib: int = 8
     chunk_tokens: int = 512
     kv_mib: int = 8
     decode_block_size: int = EngineConfig.block_size
@@ -97,7 +98,8 @@ class Cluster:
         for _ in range(self.encoders):
             self.stages.append(
                 encoder.create(
-                    EncoderConfig(model, threads=1, pool_mib=8, compile=False, **parts), SECRETS
+                    EncoderConfig(model, threads=1, pool_mib=self.pool_mib, compile=False, **parts),
+                    SECRETS,
                 )
             )
         if self.topology == "E/P/D":

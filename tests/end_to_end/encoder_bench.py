@@ -43,13 +43,20 @@ def png(image: Image.Image) -> bytes:
 
 
 def request(
-    name: str, files: list[bytes], *, data: bool = True, kind: Kind = "image"
+    name: str,
+    files: list[bytes],
+    *,
+    data: bool = True,
+    kind: Kind = "image",
+    wait: bool = True,
 ) -> wire.EncodeRequest:
     items = tuple(
         wire.EncodeItem(index, hashlib.sha256(file).hexdigest(), file if data else None, kind)
         for index, file in enumerate(files)
     )
-    return wire.EncodeRequest(name, items, images_in_request=len(files) * (kind == "image"))
+    return wire.EncodeRequest(
+        name, items, images_in_request=len(files) * (kind == "image"), wait=wait
+    )
 
 
 class Gate:

@@ -21,7 +21,7 @@ from tests.end_to_end.encoder_bench import (
 )
 from triptych.config import Timeouts
 from triptych.demo.tiny import make_tiny_model
-from triptych.errors import Cancelled, Overloaded, PromptTooLong
+from triptych.errors import Cancelled, NoRoom, Overloaded, PromptTooLong
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +185,56 @@ async def test_no_room_in_time_is_overloaded_and_holds_nothing(folder: Path) -> 
         (answer,) = await subject.encode(request("r2", [large(12)]))
         assert answer.ref is not None
         for name in ("r0", "r2"):
+            subject.service.cancel(name)
+
+
+async def test_who_is_not_to_wait_is_told_at_once_and_takes_nothing(folder: Path) -> None:
+    async with bench(folder) as subject:
+        await subject.embeddings("r0", [large(0)])
+        await subject.encode(request("r1", [large(seed) for seed in range(1, 4)]))
+        wanted = [large(0), large(10), large(11)]
+        with pytest.raises(NoRoom):
+            await subject.encode(request("r2", wanted, wait=False))
+        leased = [subject.service.producer.leases(slot) for slot in subject.service._embeddings]
+        assert sum(leased) == 3
+        subject.service.cancel("r1")
+        await subject.encode(request("r3", wanted, wait=False))
+        subject.service.cancel("r3")
+
+
+async def test_those_who_wait_hold_nothing_that_another_waits_for(folder: Path) -> None:
+    """Both find two of their images in the pool and need two more: there are five slots."""
+    async with bench(folder) as subject:
+        for seed in range(4):
+            await subject.embeddings(f"fill{seed}", [large(seed)])
+        held = await subject.encode(request("r0", [large(seed) for seed in range(4)]))
+        assert all(item.cached for item in held)
+
+        async def ask(name: str, seeds: list[int]) -> None:
+            files = [large(seed) for seed in seeds]
+            await subject.embeddings(name, files)
+
+        waiting = [
+            asyncio.create_task(ask("r1", [0, 1, 10, 11])),
+            asyncio.create_task(ask("r2", [2, 3, 12, 13])),
+        ]
+        await asyncio.sleep(0.05)
+        subject.service.cancel("r0")
+        await asyncio.wait_for(asyncio.gather(*waiting), WAIT_S)
+        assert subject.service.pool.usage()["leased"] == 0
+
+
+async def test_what_was_cached_may_be_evicted_while_one_waits(folder: Path) -> None:
+    async with bench(folder) as subject:
+        await subject.embeddings("fill", [large(0)])
+        await subject.encode(request("r0", [large(seed) for seed in range(1, 5)]))
+        waiting = asyncio.create_task(subject.encode(request("r1", [large(0), large(8), large(9)])))
+        await asyncio.sleep(0.02)
+        await subject.encode(request("r2", [large(5)], wait=False))  # in place of image 0
+        subject.service.cancel("r0")
+        answers = await asyncio.wait_for(waiting, WAIT_S)
+        assert [(item.miss, item.cached) for item in answers] == [(False, False)] * 3
+        for name in ("r1", "r2"):
             subject.service.cancel(name)
 
 

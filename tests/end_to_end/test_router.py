@@ -27,7 +27,7 @@ from triptych import wire
 from triptych.config import MediaLimits, ModelConfig
 from triptych.demo.tiny import make_tiny_model
 from triptych.errors import BadMedia
-from triptych.router import pipeline
+from triptych.router import encoding
 from triptych.router.prompt import Prompter
 
 
@@ -71,7 +71,7 @@ async def test_four_images_streamed(prompter: Prompter, workers: Any) -> None:
 async def test_known_images_are_not_sent_again(
     prompter: Prompter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "SMALL_NBYTES", 0)
+    monkeypatch.setattr(encoding, "SMALL_NBYTES", 0)
     async with deploy(prompter, *epd()) as d:
         for _ in range(2):
             await d.ask(messages=with_images(*IMAGES))
@@ -86,7 +86,7 @@ async def test_small_images_save_a_trip(prompter: Prompter) -> None:
         await d.ask(messages=with_images(*IMAGES))
         calls = [m for n in (0, 1) for m in d.worker("encoder", n).seen("/encode")]
         items = [item for m in calls for item in m.items]  # type: ignore[attr-defined]
-        large = [i for i, data in enumerate(IMAGES) if len(data) > pipeline.SMALL_NBYTES]
+        large = [i for i, data in enumerate(IMAGES) if len(data) > encoding.SMALL_NBYTES]
         assert len(large) == 1
         assert [item.index for item in items if item.data is None] == large
         assert sorted(item.index for item in items if item.data is not None) == [0, 1, 2, 3]

@@ -14,7 +14,7 @@ from triptych import wire
 from triptych.config import ModelConfig
 from triptych.demo.tiny import make_tiny_model
 from triptych.errors import WorkerLost
-from triptych.router import pipeline
+from triptych.router import files
 from triptych.router.prompt import Prompter
 
 
@@ -107,7 +107,7 @@ class Fetches:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, changing: bool = False) -> None:
         self.count = 0
         self.changing = changing
-        monkeypatch.setattr(pipeline, "fetch", self.fetch)
+        monkeypatch.setattr(files, "fetch", self.fetch)
 
     async def fetch(self, url: str, **limits: Any) -> bytes:
         self.count += 1

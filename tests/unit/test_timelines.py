@@ -1,3 +1,7 @@
+import time
+
+import pytest
+
 from triptych.request import Span
 from triptych.router.timelines import Timelines
 
@@ -6,11 +10,12 @@ def span(name: str, start: float, end: float, **more: object) -> Span:
     return Span(name=name, start=start, end=end, **more)  # type: ignore[arg-type]
 
 
-def test_spans_of_all_roles_in_order_in_ms_since_arrival() -> None:
+def test_spans_of_all_roles_in_order_in_ms_since_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 100.25)
     timelines = Timelines()
     timelines.open("r", 100.0)
     timelines.add("r", [span("read", 100.5, 100.75, role="prefill", item=1, nbytes=7)])
-    timelines.own("r", "fetch", 100.001, 100.25, item=1, nbytes=9)
+    timelines.own("r", "fetch", 100.001, item=1, nbytes=9)
     found = timelines.describe("r")
     assert found is not None
     assert found["request_id"] == "r"

@@ -1,6 +1,6 @@
 """Room in the pool for the images of one request: all of it, or a named refusal.
 
-Most requests find room at once. The others wait in the pool's line, holding nothing.
+Most requests find room at once. The others wait in the pool's line, holding nothing in the pool.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 
-from triptych.errors import Cancelled
+from triptych.errors import Cancelled, NoRoom
 from triptych.transfer.pool import Extent, Pool
 
 REMEMBERED_CANCELS = 4096
@@ -16,11 +16,10 @@ REMEMBERED_CANCELS = 4096
 
 
 class Admission:
-    """Used from the event loop's thread. ``wait_s``: longest wait for room."""
+    """Used from the event loop's thread."""
 
-    def __init__(self, pool: Pool, wait_s: float) -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._wait_s = wait_s
         self._waiting: dict[asyncio.Task[list[Extent]], str] = {}
         self._cancelled: OrderedDict[str, None] = OrderedDict()
 
@@ -29,14 +28,18 @@ class Admission:
         if request_id in self._cancelled:
             raise Cancelled(f"request {request_id} was cancelled")
 
-    async def take(self, sizes: list[int], request_id: str) -> list[Extent]:
-        """One extent per size, in bytes.
-
-        Raises PromptTooLong: more than the whole pool. Overloaded: no room within ``wait_s``.
-        Cancelled: by ``cancel``.
-        """
+    def take_now(self, sizes: list[int]) -> list[Extent]:
+        """One extent per size, in bytes. Raises PromptTooLong: more than the whole pool. NoRoom."""
         extents = self._pool.try_allocate_all(sizes)
-        return await self._wait(sizes, request_id) if extents is None else extents
+        if extents is None:
+            raise NoRoom(f"no room for {sum(sizes)} bytes in a pool of {self._pool.nbytes} now")
+        return extents
+
+    async def take(self, sizes: list[int], request_id: str, wait_s: float) -> list[Extent]:
+        """``take_now``, but waits. Raises Overloaded: no room within ``wait_s``. Cancelled: by
+        ``cancel``."""
+        extents = self._pool.try_allocate_all(sizes)
+        return await self._wait(sizes, request_id, wait_s) if extents is None else extents
 
     def cancel(self, request_id: str) -> None:
         """End the request's wait, and refuse it should it only come now. Idempotent."""
@@ -52,8 +55,8 @@ class Admission:
         for task in self._waiting:
             task.cancel()
 
-    async def _wait(self, sizes: list[int], request_id: str) -> list[Extent]:
-        task = asyncio.create_task(self._pool.allocate_all(sizes, self._wait_s))
+    async def _wait(self, sizes: list[int], request_id: str, wait_s: float) -> list[Extent]:
+        task = asyncio.create_task(self._pool.allocate_all(sizes, wait_s))
         self._waiting[task] = request_id
         try:
             extents = await task

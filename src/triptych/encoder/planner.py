@@ -11,6 +11,8 @@ import hashlib
 
 from triptych import wire
 from triptych.config import MediaLimits
+from triptych.encoder import counts
+from triptych.encoder.cache import EmbeddingCache
 from triptych.encoder.embedding import Draft
 from triptych.encoder.runner import RawImage, RawVideo
 from triptych.errors import ClientError, PromptTooLong
@@ -113,3 +115,46 @@ class Planner:
                 f"the {item.kind}'s embedding has {meta.nbytes} bytes, the pool {self._pool_nbytes}"
             )
         return Draft(meta, plan.patches, raw)
+
+
+class Asked:
+    """What one ``EncodeRequest`` asks for: drafts are made when they are first missing."""
+
+    def __init__(
+        self, message: wire.EncodeRequest, planner: Planner, headers: dict[str, Header]
+    ) -> None:
+        self.message = message
+        self.keys = {
+            item.index: planner.key(item, message.images_in_request) for item in message.items
+        }
+        """By index of the item."""
+        self.drafts: dict[str, Draft] = {}
+        self._planner = planner
+        self._headers = headers
+        self._faults: dict[str, ClientError] = {}
+
+    def missing(self, cache: EmbeddingCache) -> dict[str, Draft]:
+        """By key: what came with its bytes, is in order, and is not in the cache now. What is
+        there counts as used, so that it is not evicted first to make room for the rest."""
+        found: dict[str, Draft] = {}
+        for item in self.message.items:
+            key = self.keys[item.index]
+            if cache.find(key) is not None or item.data is None:
+                continue
+            if key in self._faults or key in found:
+                continue
+            try:
+                if key not in self.drafts:
+                    self.drafts[key] = self._planner.draft(key, item, self.message, self._headers)
+                found[key] = self.drafts[key]
+            except ClientError as error:
+                counts.refused(error)
+                self._faults[key] = error
+        return found
+
+    def without_slot(self, index: int) -> wire.EncodedItem:
+        """The answer for an item that is at fault, or whose bytes are wanted."""
+        fault = self._faults.get(self.keys[index])
+        if fault is None:
+            return wire.EncodedItem(index, miss=True)
+        return wire.EncodedItem(index, error=type(fault).__name__, reason=fault.message)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -22,7 +22,7 @@ from triptych.encoder import counts
 from triptych.encoder.admission import Admission
 from triptych.encoder.cache import EmbeddingCache
 from triptych.encoder.embedding import Draft, Embedding
-from triptych.encoder.planner import Planner
+from triptych.encoder.planner import Asked, Planner
 from triptych.encoder.runner import (
     BatchResult,
     Prepared,
@@ -33,7 +33,6 @@ from triptych.encoder.runner import (
     warm_up_batches,
 )
 from triptych.encoder.scheduler import EncodeScheduler
-from triptych.errors import ClientError, TriptychError
 from triptych.media.processor import Processor
 from triptych.models.vision import VisionModel
 from triptych.observe.metrics import export_usage
@@ -82,7 +81,7 @@ class EncoderService:
         )
         export_usage("embeddings", self.pool)
         self._planner = Planner(identity, processor, model, config.limits, self.pool.nbytes)
-        self._admission = Admission(self.pool, config.timeouts.pool)
+        self._admission = Admission(self.pool)
         self.cache = EmbeddingCache()
         self._scheduler = EncodeScheduler(
             batch_patches=config.batch_patches,
@@ -118,54 +117,30 @@ class EncoderService:
     # ------------------------------------------------------------------ the router's calls
 
     async def encode(self, message: wire.EncodeRequest, session_id: str) -> wire.EncodeResponse:
-        """``POST /encode``. Waits for the headers of videos, and when the pool is full.
+        """``POST /encode``. Waits for the headers of videos and, if it is to, for room.
 
         An item at fault is answered with its error; the request fails as a whole by Overloaded
-        (queue, or no room within ``timeouts.pool``), PromptTooLong (never any room) or Cancelled,
-        and then holds nothing here.
+        (queue, or no room in time), NoRoom (none now, and it is not to wait), PromptTooLong (never
+        any room) or Cancelled. It takes nothing here until there is room for all it lacks.
         """
         request = message.request_id
         headers = await self._planner.video_headers(message)
-        answers: dict[int, wire.EncodedItem] = {}
-        drafts: dict[str, Draft] = {}
-        indexes: defaultdict[str, list[int]] = defaultdict(list)
-        for item in message.items:
-            key = self._planner.key(item, message.images_in_request)
+        asked = Asked(message, self._planner, headers)
+        room = await self._room(asked)
+        together = sum(asked.drafts[key].patches for key in room)
+        answers = []
+        for index, key in asked.keys.items():
             slot = self.cache.find(key)
             if slot is not None:
-                answers[item.index] = self._lend(slot, item.index, request, session_id)
-            elif item.data is None:
-                answers[item.index] = wire.EncodedItem(item.index, miss=True)
-            elif key in drafts:
-                indexes[key].append(item.index)
+                answers.append(self._lend(slot, index, request, session_id))
+            elif key in room:
+                draft, extent = asked.drafts[key], room.pop(key)
+                answers.append(self._open(draft, extent, index, request, session_id, together))
             else:
-                try:
-                    drafts[key] = self._planner.draft(key, item, message, headers)
-                    indexes[key].append(item.index)
-                except ClientError as exc:
-                    counts.refused(exc)
-                    name = type(exc).__name__
-                    answers[item.index] = wire.EncodedItem(
-                        item.index, error=name, reason=exc.message
-                    )
-        try:
-            extents = await self._room(list(drafts.values()), request)
-        except (TriptychError, asyncio.CancelledError):
-            self.producer.cancel(request)
-            raise
-        together = sum(draft.patches for draft in drafts.values())
-        for (key, draft), extent in zip(drafts.items(), extents, strict=True):
-            slot = self.cache.find(key)  # somebody may have brought it while this request waited
-            if slot is not None:
-                self.pool.free(extent)
-            for index in indexes[key]:
-                if slot is None:
-                    slot, answer = self._open(draft, extent, index, request, session_id, together)
-                else:
-                    answer = self._lend(slot, index, request, session_id)
-                answers[index] = answer
+                answers.append(asked.without_slot(index))
+        self.pool.free_all(room.values())  # somebody else has brought these meanwhile
         self._pump()
-        return wire.EncodeResponse(tuple(answers[item.index] for item in message.items))
+        return wire.EncodeResponse(tuple(answers))
 
     def cancel(self, request_id: str) -> None:
         """Drop the request's leases and what is done for nobody else. Idempotent."""
@@ -177,18 +152,28 @@ class EncoderService:
 
     # ------------------------------------------------------------------ before the answer
 
-    async def _room(self, drafts: list[Draft], request: str) -> list[Extent]:
-        """One extent per draft."""
+    async def _room(self, asked: Asked) -> dict[str, Extent]:
+        """Room for every item whose bytes came and whose embedding is not here, by key."""
+        request, until = asked.message.request_id, time.monotonic() + self._timeouts.pool
         self._admission.check(request)
-        if not drafts:
-            return []
-        with counts.refusals_of("queue"):
-            self._scheduler.check_room(
-                sum(draft.patches for draft in drafts),
-                sum(len(draft.raw.data) for draft in drafts),
-            )
-        with counts.refusals_of("pool"):
-            return await self._admission.take([draft.meta.nbytes for draft in drafts], request)
+        room: dict[str, Extent] = {}
+        while not (missing := asked.missing(self.cache)).keys() <= room.keys():
+            # One that was cached has been evicted during the wait: in line again, empty-handed.
+            self.pool.free_all(room.values())
+            with counts.refusals_of("queue"):
+                self._scheduler.check_room(
+                    sum(draft.patches for draft in missing.values()),
+                    sum(len(draft.raw.data) for draft in missing.values()),
+                )
+            sizes = [draft.meta.nbytes for draft in missing.values()]
+            with counts.refusals_of("pool"):
+                if asked.message.wait:
+                    left = until - time.monotonic()
+                    extents = await self._admission.take(sizes, request, left)
+                else:
+                    extents = self._admission.take_now(sizes)
+            room = dict(zip(missing, extents, strict=True))
+        return room
 
     def _open(
         self,
@@ -198,7 +183,7 @@ class EncoderService:
         request: str,
         session_id: str,
         together: int,
-    ) -> tuple[int, wire.EncodedItem]:
+    ) -> wire.EncodedItem:
         """A new slot for an item; its way to the engine begins. ``together``: patches of all the
         items that come with it."""
         meta = draft.meta
@@ -216,7 +201,7 @@ class EncoderService:
         self._embeddings[ref.slot] = embedding
         self.cache.add(meta.key, ref.slot)
         self._scheduler.add(ref.slot, draft.patches, len(draft.raw.data), together)
-        return ref.slot, wire.EncodedItem(index, meta=meta, ref=ref)
+        return wire.EncodedItem(index, meta=meta, ref=ref)
 
     def _lend(self, slot: int, index: int, request: str, session_id: str) -> wire.EncodedItem:
         """A slot that exists: its embedding is there, or on its way for somebody else."""

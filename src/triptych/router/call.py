@@ -41,6 +41,8 @@ class Call:
     tries: int = 0
     failures: int = 0
     """Tries that have failed since the answer last went on."""
+    patient: bool = False
+    """An encoder had no room at once: from now on the request waits in line."""
     avoided: set[str] = field(default_factory=set)
     """Workers that failed this request."""
     sampling: Sampling | None = None

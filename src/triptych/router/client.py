@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from typing import TypeVar
 
 import aiohttp
@@ -62,7 +63,8 @@ class WorkerClient:
             wire.SESSION_HEADER: worker.channel.session,
             wire.TOKEN_HEADER: worker.channel.token,
         }
-        async with self._session().post(worker.url + path, data=body, headers=headers) as response:
+        data = io.BytesIO(body)  # written in pieces: other requests go on between them
+        async with self._session().post(worker.url + path, data=data, headers=headers) as response:
             return response.status, await response.read()
 
     def _session(self) -> aiohttp.ClientSession:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -12,26 +10,23 @@ from collections.abc import Awaitable, Callable, Sequence
 from triptych import wire
 from triptych.config import RouterConfig
 from triptych.errors import (
-    BadMedia,
-    BadRequest,
-    ClientError,
     DeadlineExceeded,
+    NoRoom,
     PromptTooLong,
     TriptychError,
     UnsupportedModel,
-    rebuild,
 )
-from triptych.media.fetch import fetch
 from triptych.observe import metrics
-from triptych.request import KINDS, Sampling
+from triptych.request import Sampling
 from triptych.router.answers import Delta, Usage
-from triptych.router.attempt import Attempt, together
-from triptych.router.call import Call, File, Prompt, counted
+from triptych.router.attempt import Attempt
+from triptych.router.call import Call, File, Prompt
 from triptych.router.client import WorkerClient
 from triptych.router.detokenize import Detokenizer
+from triptych.router.encoding import Encoding
+from triptych.router.files import Files
 from triptych.router.inbox import Inboxes, StageFailed
 from triptych.router.membership import Membership, Worker
-from triptych.router.offload import INLINE_NBYTES, offload
 from triptych.router.openai import DEFAULT_MAX_TOKENS, SEED_BITS, ChatRequest
 from triptych.router.placement import answering_roles
 from triptych.router.prompt import Prompter
@@ -39,10 +34,6 @@ from triptych.router.timelines import Timelines
 
 RETRIES = 2
 """More tries that a request gets on other workers; the count begins anew with every token."""
-SMALL_NBYTES = 1 << 16
-"""Files up to here are sent with their digests; of larger ones the encoder is asked first."""
-FETCHES = 8
-"""Files of one request that are fetched at the same time."""
 
 Emit = Callable[[Delta], Awaitable[None]]
 
@@ -63,6 +54,8 @@ class Pipeline:
         self._inboxes = inboxes
         self._timelines = timelines
         self._client = WorkerClient(config.timeouts)
+        self._files = Files(config, timelines)
+        self._encoding = Encoding(config, membership, self._files, timelines)
 
     async def close(self) -> None:
         await self._client.close()
@@ -80,13 +73,13 @@ class Pipeline:
             async with asyncio.timeout(self._timeouts.request):
                 rendered = self._prompter.render(call.chat)
                 call.arrange(self._prompter.order(rendered))
-                files = await self._fetch(call)
+                files = await self._files.fetch(call)
                 text = Detokenizer(self._prompter.decode, call.chat.stops)
                 while True:
                     attempt = self._next_attempt(call)
                     cancel: Sequence[Worker] | None = None
                     try:
-                        items = await self._encode(call, attempt, files)
+                        items = await self._encoding.encode(call, attempt, files)
                         prompt = await self._expand(call, attempt, rendered, items)
                         await self._start(call, attempt, prompt, items)
                         usage, cancel = await self._relay(call, attempt, prompt, files, text, emit)
@@ -100,50 +93,6 @@ class Pipeline:
         except TriptychError as error:
             raise call.located(error) from error
 
-    # ------------------------------------------------------------------ 1: the items
-
-    async def _fetch(self, call: Call) -> list[File]:
-        limits = self._config.limits
-        for kind, most in zip(KINDS, (limits.max_images, limits.max_videos), strict=True):
-            if call.count(kind) > most:
-                raise BadRequest(
-                    f"{call.count(kind)} {kind}s, the limit is {most}", param="messages"
-                )
-        free = asyncio.Semaphore(FETCHES)
-
-        async def one(index: int) -> File:
-            async with free:
-                return await self._fetch_one(call, index)
-
-        return await together(one(index) for index in range(len(call.items)))
-
-    async def _fetch_one(self, call: Call, index: int) -> File:
-        start, limits, item = time.time(), self._config.limits, call.items[index]
-        try:
-            data = await fetch(
-                item.url,
-                max_bytes=limits.max_bytes if item.kind == "image" else limits.max_video_bytes,
-                timeout_s=self._timeouts.media,
-                allow_private=self._config.allow_private_media,
-                root=self._config.allowed_media_root,
-            )
-        except ClientError as error:
-            error.item = index
-            raise
-        digest = await offload(len(data) <= INLINE_NBYTES, _digest, data)
-        self._span(call, "fetch", start, item=index, nbytes=len(data))
-        return File(item.kind, data, digest)
-
-    async def _fetch_again(self, call: Call, files: Sequence[File], indices: Sequence[int]) -> None:
-        """Bytes that were forgotten when the first token came, for an encoder that has not their
-        embedding. Raises BadMedia if they are not the same any more."""
-        for index in indices:
-            if files[index].data is None:
-                found = await self._fetch_one(call, index)
-                if found.digest != files[index].digest:
-                    raise BadMedia("it has changed since the request came", item=index)
-                files[index].data = found.data
-
     def _next_attempt(self, call: Call) -> Attempt:
         call.tries += 1
         wire_id = call.request_id if call.tries == 1 else f"{call.request_id}-{call.tries}"
@@ -151,68 +100,7 @@ class Pipeline:
         first = len(call.tokens)
         return Attempt(wire_id, first, self._membership, self._client, self._inboxes)
 
-    # ------------------------------------------------------------------ 2: metadata and refs
-
-    async def _encode(
-        self, call: Call, attempt: Attempt, files: Sequence[File]
-    ) -> list[wire.PrefillItem]:
-        if not files:
-            return []
-        await self._membership.wait_for(lambda: ("encoder",), self._timeouts.worker)
-        attempt.place_items([file.digest for file in files], call.avoided)
-        shares: dict[Worker, list[int]] = {}
-        for index, worker in enumerate(attempt.encoders):
-            shares.setdefault(worker, []).append(index)
-        found = await together(
-            self._encode_at(call, attempt, worker, files, indices)
-            for worker, indices in shares.items()
-        )
-        items = {item.index: item for share in found for item in share}
-        return [_encoded(items.get(index), index) for index in range(len(files))]
-
-    async def _encode_at(
-        self,
-        call: Call,
-        attempt: Attempt,
-        worker: Worker,
-        files: Sequence[File],
-        indices: Sequence[int],
-    ) -> list[wire.EncodedItem]:
-        """Ask one encoder by content first, then send the bytes of what it does not know.
-
-        Small files go along with the question: their bytes cost less than a second trip.
-        """
-
-        async def ask(indices: Sequence[int], up_to: float) -> list[wire.EncodedItem]:
-            known = ((i, files[i].data) for i in indices)
-            sent = {i: data for i, data in known if data is not None and len(data) <= up_to}
-            message = wire.EncodeRequest(
-                request_id=attempt.wire_id,
-                items=tuple(
-                    wire.EncodeItem(i, files[i].digest, sent.get(i), files[i].kind) for i in indices
-                ),
-                images_in_request=call.count("image"),
-            )
-            wait_s = self._timeouts.pool if sent else 0.0
-            reply = await attempt.post(
-                worker, "/encode", message, wire.EncodeResponse, wait_s=wait_s
-            )
-            return list(reply.items)
-
-        start = time.time()
-        known = await ask(indices, SMALL_NBYTES)
-        missed = [item.index for item in known if item.miss]
-        if missed:
-            await self._fetch_again(call, files, missed)
-            known = [item for item in known if not item.miss] + await ask(missed, math.inf)
-        n_known = sum(item.cached for item in known)
-        note = f"{worker.worker_id}: {counted([files[i] for i in indices])}, {n_known} known"
-        sizes = {i: len(files[i].data or b"") for i in indices}
-        nbytes = sum(n for i, n in sizes.items() if i in missed or n <= SMALL_NBYTES)
-        self._span(call, "encode_call", start, nbytes=nbytes, note=note)
-        return known
-
-    # ------------------------------------------------------------------ 3: the prompt
+    # ------------------------------------------------------------------ the prompt
 
     async def _expand(
         self, call: Call, attempt: Attempt, rendered: str, items: Sequence[wire.PrefillItem]
@@ -236,7 +124,7 @@ class Pipeline:
                 call.chat, self._max_tokens(call.chat, len(token_ids), workers)
             )
         attempt.charge_answer(len(token_ids), call.sampling.max_tokens)
-        self._span(call, "tokenize", start, note=f"{len(token_ids)} tokens")
+        self._timelines.own(call.request_id, "tokenize", start, note=f"{len(token_ids)} tokens")
         return Prompt(tuple(token_ids), call.sampling, tuple(call.tokens))
 
     def _max_tokens(self, chat: ChatRequest, n_prompt: int, workers: Sequence[Worker]) -> int:
@@ -266,7 +154,7 @@ class Pipeline:
             logprobs=chat.n_logprobs,
         )
 
-    # ------------------------------------------------------------------ 4: the answer
+    # ------------------------------------------------------------------ the answer
 
     async def _start(
         self, call: Call, attempt: Attempt, prompt: Prompt, items: Sequence[wire.PrefillItem]
@@ -290,7 +178,7 @@ class Pipeline:
             room = wire.ReserveRequest(request_id=attempt.wire_id, n_tokens=n_tokens)
             wait_s = self._timeouts.pool
             await attempt.post(decode, "/reserve", room, wire.ReserveResponse, wait_s=wait_s)
-            self._span(call, "reserve", start, note=f"{n_tokens} tokens")
+            self._timelines.own(call.request_id, "reserve", start, note=f"{n_tokens} tokens")
         reply = await attempt.post(prefill, "/prefill", work, wire.PrefillResponse)
         if not decodes:
             return
@@ -341,7 +229,9 @@ class Pipeline:
             await emit(Delta(new, tuple(events[:used]), finish))
             if finish:
                 n_prompt, n_answer = len(prompt.token_ids), len(call.tokens)
-                self._span(call, "stream", first_token, note=f"{n_answer} tokens")
+                self._timelines.own(
+                    call.request_id, "stream", first_token, note=f"{n_answer} tokens"
+                )
                 usage = Usage(n_prompt, n_answer, n_prompt + n_answer)
                 return usage, _still_holding(attempt, prompt, ended=bool(event.finish))
 
@@ -349,6 +239,9 @@ class Pipeline:
 
     def _retry_or_raise(self, call: Call, attempt: Attempt, failure: StageFailed) -> None:
         """Returns if the request may be tried on other workers, else raises the error."""
+        if isinstance(failure.error, NoRoom) and not call.patient:
+            call.patient = True
+            return
         worker = attempt.suspect(failure)
         call.avoided.add(worker.worker_id)
         call.failures += 1
@@ -360,34 +253,9 @@ class Pipeline:
             raise failure.error
         metrics.retries.labels(worker.role).inc()
         note = f"{type(failure.error).__name__}: {failure.error.message}"
-        self._span(call, "retry", time.time(), note=f"after {len(call.tokens)} tokens: {note}")
-
-    def _span(
-        self,
-        call: Call,
-        name: str,
-        start: float,
-        *,
-        item: int = -1,
-        nbytes: int = 0,
-        note: str = "",
-    ) -> None:
         self._timelines.own(
-            call.request_id, name, start, time.time(), item=item, nbytes=nbytes, note=note
+            call.request_id, "retry", time.time(), note=f"after {len(call.tokens)} tokens: {note}"
         )
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _encoded(item: wire.EncodedItem | None, index: int) -> wire.PrefillItem:
-    """What /encode says of one item, as prefill takes it. Raises what the item is refused for."""
-    if item is not None and item.error:
-        raise rebuild(item.error, item.reason, item=index)
-    if item is None or item.meta is None or item.ref is None:
-        raise TriptychError("the encoder said nothing about it", item=index)
-    return wire.PrefillItem(meta=item.meta, ref=item.ref)
 
 
 def _still_holding(attempt: Attempt, prompt: Prompt, *, ended: bool) -> Sequence[Worker] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -52,13 +53,13 @@ class Timelines:
         request_id: str,
         name: str,
         start: float,
-        end: float,
         *,
         item: int = -1,
         nbytes: int = 0,
         note: str = "",
     ) -> None:
-        """A span of the router itself."""
+        """A span of the router itself, which ends now."""
+        end = time.time()
         span = Span(
             name=name,
             start=start,

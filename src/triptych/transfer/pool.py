@@ -130,7 +130,8 @@ class Pool:
                 self._waiters.remove(waiter)
                 self.serve()
         raise Overloaded(
-            f"no room for {sum(sizes)} bytes in a pool of {self.nbytes} within {timeout_s:g} s"
+            f"no room for {sum(sizes)} bytes in a pool of {self.nbytes} within "
+            f"{round(timeout_s, 1):g} s"
         )
 
     def free_all(self, extents: Iterable[Extent]) -> None:
