@@ -52,8 +52,13 @@ class Expected:
 
 
 class Reference:
-    def __init__(self, folder: Path) -> None:
+    """The model is on the CPU; ``device``: where pixels are resized, which rounds them otherwise
+    on a GPU."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.processor = Processor(ModelConfig(str(folder)))
+        if device != "cpu":
+            self.processor.hf.image_processor.device = device
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
     @torch.inference_mode()
@@ -66,7 +71,7 @@ class Reference:
             return_dict=True,
             return_tensors="pt",
             add_generation_prompt=True,
-        )
+        ).to("cpu")
         out = self.model.generate(
             **inputs,
             max_new_tokens=max_tokens,

@@ -51,8 +51,12 @@ def skip_rowless(family: str) -> None:
 
 
 class VideoReference:
-    def __init__(self, folder: Path) -> None:
+    """As ``Reference``."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.processor = full_processor(folder)
+        if device != "cpu":
+            self.processor.image_processor.device = device
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.family = self.model.config.model_type
 
@@ -90,7 +94,7 @@ class VideoReference:
     @torch.inference_mode()
     def answer(self, parts: list[Part], max_tokens: int) -> Expected:
         """Greedy."""
-        inputs = self.inputs(parts)
+        inputs = self.inputs(parts).to("cpu")
         out = self.model.generate(
             **inputs,
             max_new_tokens=max_tokens,

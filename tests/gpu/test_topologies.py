@@ -31,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     @cache
     def model(family: str) -> tuple[Path, Reference]:
         folder = make_tiny_model(root / family, family)
-        return folder, Reference(folder)
+        return folder, Reference(folder, DEVICE)
 
     yield model
 

@@ -16,7 +16,7 @@ from triptych.demo.tiny import FAMILIES, make_tiny_model
 def test_mixed_with_images(family: str, tmp_path: Path) -> None:
     skip_rowless(family)
     folder = make_tiny_model(tmp_path / "model", family)
-    reference = VideoReference(folder)
+    reference = VideoReference(folder, DEVICE)
     parts: list[Part] = [("video", clip(1, fps=7)), ("image", 0), ("video", clip(2)), ("text", "?")]
     with Cluster(folder, transport="http", device=DEVICE, dtype="float32") as cluster:
         compare(ask(cluster.url, for_openai(parts)), reference.answer(parts, MAX_TOKENS))

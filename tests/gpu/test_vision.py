@@ -50,7 +50,7 @@ def test_the_kernel_equals_sequence_by_sequence(dtype: torch.dtype, head_dim: in
     for scaling in (head_dim**-0.5, 0.3):
         found = packed_attention(q, k, v, ends.to(DEVICE), max(lengths), scaling)
         expected = _by_length(q.float(), k.float(), v.float(), tuple(ends.tolist()), scaling)
-        torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(found.float(), expected, atol=4e-2, rtol=4e-2)
         assert found.is_contiguous()
 
 
