@@ -1,14 +1,16 @@
 """Attention over the paged KV cache, called by the model's own layers.
 
 The model's decoder runs on one flattened batch, ``(1, tokens)``: first one token of each decoding
-sequence, then prompt chunks. Transformers passes ``StepContext`` through to this function and
-builds no mask, because none is registered under its name: causality and sliding windows are ours.
+sequence, then prompt chunks. Transformers passes a ``Context`` through to this function and builds
+no mask, because none is registered under its name: causality and sliding windows are ours.
 Everything that does not depend on the layer is computed once per step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -74,8 +76,46 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Tokens ``start .. stop`` of the sequence at ``place`` of the block tables."""
+
+    place: int
+    start: int
+    stop: int
+
+
+class Context(Protocol):
+    """One step's attention, as the model's layers meet it."""
+
+    def attend(
+        self,
+        module: Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: Window,
+    ) -> Tensor:
+        """Write the step's keys and values, then attend to all of each sequence's.
+
+        ``query``: (1, heads, tokens, dim), ``key`` and ``value``: (1, kv_heads, tokens, dim).
+        Returns (tokens, heads, dim).
+        """
+
+
+class Attention(Protocol):
+    """How attention over the paged cache is computed. Owns the block tables."""
+
+    def place(self, place: int, blocks: Seq[int], computed: int) -> None:
+        """A sequence has these blocks from now on; those behind ``computed`` tokens are new."""
+
+    def plan(self, parts: Seq[Part], n_decodes: int) -> Context:
+        """For one forward of these tokens, the first ``n_decodes`` parts of one token each."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepContext:
-    """What attention needs of one step."""
+    """One step by torch's own attention, sequence by sequence: the reference for any other."""
 
     kv: KVCache
     slots: Tensor
@@ -86,6 +126,79 @@ class StepContext:
     chunks: tuple[Chunk, ...]
     """The other tokens, chunk after chunk."""
 
+    def attend(
+        self,
+        module: Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: Window,
+    ) -> Tensor:
+        """See ``Context``."""
+        layer = module.layer_idx
+        assert isinstance(layer, int)
+        self.kv.write(layer, self.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        parts = []
+        if self.decodes is not None:
+            part = query[0, :, : self.n_decodes].transpose(0, 1).unsqueeze(2)
+            parts.append(_decode(self, layer, part, scaling, window))
+        first = self.n_decodes
+        for chunk in self.chunks:
+            last = first + chunk.stop - chunk.start
+            parts.append(_chunk(self, chunk, layer, query[:, :, first:last], scaling, window))
+            first = last
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class SdpaAttention:
+    """``places``: most sequences with a table; ``max_blocks``: most blocks of a sequence."""
+
+    def __init__(self, kv: KVCache, places: int, max_blocks: int) -> None:
+        self._kv = kv
+        self._tables = torch.zeros(places, max_blocks, dtype=torch.int64, device=kv.device)
+        self._blocks: list[list[int]] = [[] for _ in range(places)]
+
+    def place(self, place: int, blocks: Seq[int], computed: int) -> None:
+        """See ``Attention``."""
+        self._blocks[place] = list(blocks)
+        row = torch.tensor(self._blocks[place], device=self._kv.device)
+        self._tables[place] = row[-1]  # padding reads the sequence's own memory
+        self._tables[place, : len(row)] = row
+        self._kv.clear(self._blocks[place][-(-computed // self._kv.block_size) :])
+
+    def plan(self, parts: Seq[Part], n_decodes: int) -> StepContext:
+        """See ``Attention``."""
+        slots: list[Tensor] = []
+        decodes = self._decodes(parts[:n_decodes], slots) if n_decodes else None
+        chunks = tuple(self._chunk(part, slots) for part in parts[n_decodes:])
+        return StepContext(self._kv, torch.cat(slots), decodes, n_decodes, chunks)
+
+    def _decodes(self, parts: Seq[Part], slots: list[Tensor]) -> DecodeBatch:
+        size = self._kv.block_size
+        columns = [
+            (
+                self._kv.slot(self._blocks[part.place][part.start // size], part.start % size),
+                part.stop,
+                part.place,
+            )
+            for part in parts
+        ]
+        own, kv_lens, places = torch.tensor(columns, device=self._kv.device).T
+        slots.append(own)
+        n_blocks = max(part.start for part in parts) // size + 1
+        table = self._tables[:, :n_blocks].index_select(0, places)
+        return DecodeBatch(table, kv_lens, n_blocks * size)
+
+    def _chunk(self, part: Part, slots: list[Tensor]) -> Chunk:
+        size = self._kv.block_size
+        table = self._tables[part.place : part.place + 1, : (part.stop - 1) // size + 1]
+        first = part.start // size
+        offset = part.start - first * size
+        own = self._kv.slots(table[0, first:])[offset : offset + part.stop - part.start]
+        slots.append(own)
+        return Chunk(table, part.start, part.stop)
+
 
 def paged_attention(
     module: Module,
@@ -94,34 +207,19 @@ def paged_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    context: StepContext,
+    context: Context,
     scaling: float | None = None,
     sliding_window: Window = None,
     **others: object,
 ) -> tuple[Tensor, None]:
-    """Write the step's keys and values, then attend to all of each sequence's.
+    """What the model's layers call; see ``Context.attend``.
 
-    ``query``: (1, heads, tokens, dim), ``key`` and ``value``: (1, kv_heads, tokens, dim), rotated
-    and normalised by the layer. Returns (1, tokens, heads, dim). Raises UnsupportedModel for
-    variants of attention that this function does not compute.
+    Keys and queries are rotated and normalised by the layer. Returns (1, tokens, heads, dim).
+    Raises UnsupportedModel for variants of attention that no context computes.
     """
     if others.get("softcap") is not None or others.get("s_aux") is not None:
         raise UnsupportedModel("attention with soft capping or sinks is not supported")
-    layer = module.layer_idx
-    assert isinstance(layer, int)
-    context.kv.write(layer, context.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    parts = []
-    if context.decodes is not None:
-        part = query[0, :, : context.n_decodes].transpose(0, 1).unsqueeze(2)
-        parts.append(_decode(context, layer, part, scaling, sliding_window))
-    first = context.n_decodes
-    for chunk in context.chunks:
-        last = first + chunk.stop - chunk.start
-        parts.append(
-            _chunk(context, chunk, layer, query[:, :, first:last], scaling, sliding_window)
-        )
-        first = last
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
+    return context.attend(module, query, key, value, scaling, sliding_window).unsqueeze(0), None
 
 
 def _decode(

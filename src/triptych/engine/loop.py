@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from triptych.config import MIB, EngineConfig
+from triptych.engine.attention import SdpaAttention
 from triptych.engine.block_manager import BlockManager
 from triptych.engine.kv_cache import KVCache, KVShape
 from triptych.engine.messages import (
@@ -83,9 +84,8 @@ class Engine:
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         blocks = BlockManager(self.kv.n_blocks, config.block_size)
         self._scheduler = Scheduler(blocks, config.chunk_tokens, config.max_sequences)
-        self._runner = Runner(
-            model, self.kv, self._scheduler.places, blocks.blocks_for(self.max_model_len)
-        )
+        places, max_blocks = self._scheduler.places, blocks.blocks_for(self.max_model_len)
+        self._runner = Runner(model, SdpaAttention(self.kv, places, max_blocks), places)
         self._sequences: dict[str, Sequence] = {}
         self._reservations: dict[str, Reservation] = {}
         self._withheld: Withheld[_Result] = Withheld()

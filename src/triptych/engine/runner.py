@@ -10,8 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from triptych.engine.attention import Chunk, DecodeBatch, StepContext
-from triptych.engine.kv_cache import KVCache
+from triptych.engine.attention import Attention, Part
 from triptych.engine.sampler import Draw, Sampled, sample
 from triptych.engine.scheduler import Work
 from triptych.engine.sequence import ItemSpan, Sequence
@@ -85,23 +84,20 @@ class _Batch:
 
     ids: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
-    slots: list[Tensor] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     row_targets: list[Tensor] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
-    decodes: DecodeBatch | None = None
     n_decodes: int = 0
 
 
 class Runner:
-    """``places``: most sequences of a step; ``max_blocks``: most blocks of a sequence."""
+    """``places``: most sequences of a step, each with a place in ``attention``'s tables."""
 
-    def __init__(self, model: LanguageModel, kv: KVCache, places: int, max_blocks: int) -> None:
+    def __init__(self, model: LanguageModel, attention: Attention, places: int) -> None:
         self._model = model
-        self._kv = kv
+        self._attention = attention
         self._device = model.device
         self._prompts: dict[str, Prompt] = {}
-        self._tables = torch.zeros(places, max_blocks, dtype=torch.int64, device=self._device)
         self._free_places = list(range(places))
         self._places: dict[str, int] = {}
 
@@ -179,66 +175,36 @@ class Runner:
                 visual_mask = torch.zeros(len(embeds), dtype=torch.bool, device=self._device)
                 visual_mask.index_fill_(0, targets, True)
                 deepstack = list(planes[1:])
-        context = StepContext(
-            self._kv,
-            torch.cat(batch.slots),
-            batch.decodes,
-            batch.n_decodes,
-            tuple(batch.chunks),
-        )
+        context = self._attention.plan(batch.parts, batch.n_decodes)
         positions = torch.cat(batch.positions, 1)
         return self._model.forward(
             embeds, positions, context, visual_mask=visual_mask, deepstack=deepstack
         )
 
     def _add_decodes(self, batch: _Batch, sequences: Seq[Sequence]) -> None:
-        size = self._kv.block_size
-        columns = [
-            (
-                s.output[-1],
-                s.last_position,
-                self._kv.slot(s.blocks[s.computed // size], s.computed % size),
-                s.computed + 1,
-                self._place(s),
-            )
-            for s in sequences
-        ]
-        ids, positions, slots, kv_lens, places = torch.tensor(columns, device=self._device).T
-        n_blocks = max(s.computed for s in sequences) // size + 1
+        columns = [(s.output[-1], s.last_position) for s in sequences]
+        ids, positions = torch.tensor(columns, device=self._device).T
         batch.n_decodes = len(sequences)
-        batch.decodes = DecodeBatch(
-            self._tables[:, :n_blocks].index_select(0, places), kv_lens, n_blocks * size
-        )
+        batch.parts += (Part(self._place(s), s.computed, s.computed + 1) for s in sequences)
         batch.ids.append(ids)
         batch.positions.append(positions.expand(self._model.axes, -1))
-        batch.slots.append(slots)
 
     def _add_chunk(self, batch: _Batch, work: Work, first: int) -> None:
         """``first``: the flattened batch's row of the chunk's first token."""
         prompt = self._prompts[work.sequence.request_id]
-        start, stop, size = work.start, work.stop, self._kv.block_size
-        place = self._place(work.sequence)
-        table = self._tables[place : place + 1, : (stop - 1) // size + 1]
-        batch.chunks.append(Chunk(table, start, stop))
+        start, stop = work.start, work.stop
+        batch.parts.append(Part(self._place(work.sequence), start, stop))
         batch.ids.append(prompt.ids[start:stop])
         batch.positions.append(prompt.positions[:, start:stop])
-        block = start // size
-        batch.slots.append(
-            self._kv.slots(table[0, block:])[start - block * size : stop - block * size]
-        )
         row, last_row = (bisect_left(prompt.row_positions, token) for token in (start, stop))
         if row < last_row:
             batch.row_targets.append(prompt.row_index[row:last_row] + (first - start))
             batch.rows.append(prompt.rows(row, last_row))
 
     def _place(self, sequence: Sequence) -> int:
-        """The sequence's row of the block tables, given when it is first computed."""
+        """The sequence's place in the block tables, given when it is first computed."""
         place = self._places.get(sequence.request_id)
         if place is None:
             place = self._places[sequence.request_id] = self._free_places.pop()
-            blocks = list(sequence.blocks)
-            row = torch.tensor(blocks, device=self._device)
-            self._tables[place] = row[-1]  # padding reads the sequence's own memory
-            self._tables[place, : len(blocks)] = row
-            self._kv.clear(blocks[-(-sequence.computed // self._kv.block_size) :])
+            self._attention.place(place, sequence.blocks, sequence.computed)
         return place

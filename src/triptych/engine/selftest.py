@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from triptych.config import EngineConfig
+from triptych.engine.attention import SdpaAttention
 from triptych.engine.block_manager import BlockManager
 from triptych.engine.kv_cache import KVCache, KVShape
 from triptych.engine.runner import Prompt, Runner
@@ -107,7 +108,7 @@ def _by_the_engine(
     memory = torch.zeros(nbytes, dtype=torch.uint8, device=model.device)
     kv = KVCache(memory, shape, config.block_size)
     scheduler = Scheduler(BlockManager(n_blocks, config.block_size), CHUNK_TOKENS, len(PROBES))
-    runner = Runner(model, kv, scheduler.places, n_blocks)
+    runner = Runner(model, SdpaAttention(kv, scheduler.places, n_blocks), scheduler.places)
     for probe in PROBES:
         first, last = probe.n_before, probe.n_before + probe.n_rows
         items = (Item(first, last, probe.n_rows, landed=True),) if probe.n_rows else ()
