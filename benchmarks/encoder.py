@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +266,7 @@ async def measure(config: Config, folder: Path) -> dict[str, Any]:
     about = dict(machine(config))
     console.print(", ".join(f"{name} {value}" for name, value in about.items()))
     model = make_model(config.model, config.device, config.dtype, folder / "model")
+    model = replace(model, compile=config.compile)
     small, large, figures = Pictures(SMALL), Pictures(FULL_HD), Figures()
     plain = Plain(model)
     encoder_config = EncoderConfig(
@@ -274,7 +275,6 @@ async def measure(config: Config, folder: Path) -> dict[str, Any]:
         pool_mib=8192 if config.on_gpu else 256,
         media_threads=config.media_threads or (16 if config.on_gpu else 2),
         threads=config.threads,
-        compile=config.compile,
     )
     began = time.perf_counter()
     async with running(encoder_config, secrets(), folder / "encoder.log") as encoder:

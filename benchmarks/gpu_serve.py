@@ -117,14 +117,15 @@ class Check:
     async def _answers(self, arrangement: Arrangement, logs: Path) -> list[Answer]:
         device = self.config.device if arrangement.device == "cuda" else arrangement.device
         serve = ServeConfig(
-            ModelConfig(str(self.config.model), dtype=arrangement.dtype, device=device),
+            ModelConfig(
+                str(self.config.model), dtype=arrangement.dtype, device=device, compile=False
+            ),
             topology=arrangement.topology,
             transport=arrangement.transport,
             port=0,
             engine=EngineConfig(kv_mib=64, threads=0 if device == "cuda" else 1),
             landing=LandingConfig(landing_mib=64),
             start_timeout=100.0,
-            compile=False,
             log_folder=logs,
         )
         begin = time.monotonic()

@@ -36,6 +36,10 @@ class ModelConfig:
     """"dummy": random weights from the configuration alone, equal in every process."""
     revision: str | None = None
     """Hub revision."""
+    compile: bool = True
+    """Compile vision blocks and decoder layers, at start. On a CPU they are never compiled."""
+    compile_cache: Path = Path("~/.cache/triptych/compiled")
+    """Folder that keeps compiled code for the next start."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,9 @@ class EngineConfig:
     """Longest prompt plus answer; 0: what the model allows, capped by the KV cache."""
     threads: int = 0
     """CPU threads of the model's operations; 0: torch's default."""
+    attention: Literal["auto", "flashinfer", "sdpa"] = "auto"
+    """"flashinfer": float16 or bfloat16 on CUDA; "sdpa": torch's own, sequence by sequence; "auto":
+    the first if it can be had."""
     selftest: bool = True
     """Compare the engine with the plain model at start and refuse a model it gets wrong."""
 
@@ -180,10 +187,6 @@ class EncoderConfig:
     """Threads that decode and preprocess images and videos."""
     threads: int = 0
     """CPU threads of the model's operations; 0: torch's default."""
-    compile: bool = True
-    """Compile the vision blocks, at start. On a CPU they are never compiled."""
-    compile_cache: Path = Path("~/.cache/triptych/compiled")
-    """Folder that keeps compiled code for the next start."""
 
 
 @dataclass(frozen=True)
@@ -251,8 +254,6 @@ class ServeConfig:
     """Folder of the children's logs; by default a temporary one, named at start."""
     parent_pipe: int = -1
     """File descriptor that closes when the launching process is gone; -1: none."""
-    compile: bool = True
-    """Compile the encoders' vision blocks, at start. On a CPU they are never compiled."""
 
 
 @dataclass(frozen=True)

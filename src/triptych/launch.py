@@ -90,7 +90,6 @@ def role_configs(config: ServeConfig) -> dict[str, list[Any]]:
         network,
         pool_mib=config.pool_mib,
         threads=engine.threads,
-        compile=config.compile,
     )
     roles: dict[str, list[Any]] = {"router": [router], "encoder": [encoder] * config.encoders}
     if config.topology == "E/P/D":

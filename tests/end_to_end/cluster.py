@@ -86,7 +86,9 @@ class Cluster:
     async def _main(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        model = ModelConfig(str(self.model), self.dtype, self.device, self.load_format)
+        model = ModelConfig(
+            str(self.model), self.dtype, self.device, self.load_format, compile=False
+        )
         router = RouterServer(
             RouterConfig(model, port=0, allow_private_media=True, timeouts=self.timeouts),
             SECRETS,
@@ -98,7 +100,7 @@ class Cluster:
         for _ in range(self.encoders):
             self.stages.append(
                 encoder.create(
-                    EncoderConfig(model, threads=1, pool_mib=self.pool_mib, compile=False, **parts),
+                    EncoderConfig(model, threads=1, pool_mib=self.pool_mib, **parts),
                     SECRETS,
                 )
             )

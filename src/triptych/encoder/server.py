@@ -90,8 +90,8 @@ def create(config: EncoderConfig, secrets: Secrets) -> Stage:
     )
     model = load_encoder(config.model)
     self_check(model, processor)
-    if config.compile and model.device.type != "cpu":
-        model.compile(config.compile_cache)
+    if config.model.compile and model.device.type != "cpu":
+        model.compile(config.model.compile_cache)
     worker = EncoderWorker(stage, config, processor, model)
     stage.post("/encode", wire.EncodeRequest, worker.encode)
     stage.route(transfer_route(worker.region, stage.sessions, worker.service.producer.may_read))

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from triptych.config import MIB, EngineConfig
-from triptych.engine.attention import SdpaAttention
+from triptych.engine.backends import Compute
 from triptych.engine.block_manager import BlockManager
-from triptych.engine.kv_cache import KVCache, KVShape
+from triptych.engine.intake import Intake
 from triptych.engine.messages import (
     AddRequest,
     Cancel,
@@ -34,12 +35,11 @@ from triptych.engine.messages import (
     Used,
 )
 from triptych.engine.outbox import Outbox
-from triptych.engine.runner import Prompt, Runner
 from triptych.engine.sampler import Sampled
 from triptych.engine.scheduler import Scheduler, Work
-from triptych.engine.sequence import Phase, Reservation, Sequence, locate_items
+from triptych.engine.sequence import Phase, Reservation, Sequence
 from triptych.engine.withheld import Withheld
-from triptych.errors import BadRequest, PromptTooLong, TriptychError, WorkerLost
+from triptych.errors import TriptychError, WorkerLost
 from triptych.models.language import LanguageModel
 from triptych.models.stream import drain
 
@@ -73,19 +73,19 @@ class Engine:
     ) -> None:
         if kv_memory is None:
             kv_memory = torch.zeros(config.kv_mib * MIB, dtype=torch.uint8, device=model.device)
-        shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
         self.model = model
-        self.kv = KVCache(kv_memory, shape, config.block_size)
-        self._max_tokens = min(config.max_model_len or model.max_positions, model.max_positions)
-        self.max_model_len = min(self._max_tokens, self.kv.n_blocks * config.block_size)
+        max_tokens = min(config.max_model_len or model.max_positions, model.max_positions)
+        self._intake = Intake(model, max_tokens)
+        self._compute = Compute(model, kv_memory, config, max_tokens)
+        self.kv, self._runner = self._compute.kv, self._compute.runner
+        blocks = BlockManager(self._compute.n_blocks, config.block_size)
+        self.max_model_len = min(max_tokens, blocks.n_blocks * config.block_size)
         """Longest prompt plus answer."""
         self._threads = config.threads
         self._emit = emit
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        blocks = BlockManager(self.kv.n_blocks, config.block_size)
         self._scheduler = Scheduler(blocks, config.chunk_tokens, config.max_sequences)
-        places, max_blocks = self._scheduler.places, blocks.blocks_for(self.max_model_len)
-        self._runner = Runner(model, SdpaAttention(self.kv, places, max_blocks), places)
+        self._warm: Future[None] = Future()
         self._sequences: dict[str, Sequence] = {}
         self._reservations: dict[str, Reservation] = {}
         self._withheld: Withheld[_Result] = Withheld()
@@ -103,8 +103,10 @@ class Engine:
             raise WorkerLost("the engine is closed")
         self._inbox.put(message)
 
-    def start(self) -> None:
+    def start(self) -> Future[None]:
+        """Done when the first request will be as fast as any; or with what went wrong."""
         self._thread.start()
+        return self._warm
 
     def close(self, timeout_s: float) -> None:
         """Fail what is left and end the thread once the running step is over. Idempotent."""
@@ -118,8 +120,8 @@ class Engine:
     # -------------------------------------------------------------- engine thread
 
     def _loop(self) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads)
+        if not self._warm_up():
+            return
         busy = False
         while self._take_messages(wait=not busy):
             schedule = self._scheduler.schedule()
@@ -132,6 +134,20 @@ class Engine:
         for request_id in [*self._sequences, *self._reservations]:
             self._fail(request_id, WorkerLost("the engine was closed"))
         self._flush()
+
+    def _warm_up(self) -> bool:
+        # Here and not in the main thread: compiled code is valid for the settings of its thread.
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        try:
+            self._compute.warm_up()
+            self._compute.capture()
+        except Exception as exc:  # engine thread's boundary: whoever starts it is told
+            logger.exception("warming up failed")
+            self._warm.set_exception(exc)
+            return False
+        self._warm.set_result(None)
+        return True
 
     def _take_messages(self, *, wait: bool) -> bool:
         """Apply everything in the inbox, after waiting for a first message if told to.
@@ -193,37 +209,12 @@ class Engine:
     # -------------------------------------------------------------- messages
 
     def _add(self, message: AddRequest) -> None:
-        request_id, sampling = message.request_id, message.sampling
-        if self._knows(request_id):
+        if self._knows(message.request_id):
             return
-        n_prompt, resumed = len(message.token_ids), message.resumed
-        if n_prompt < 1 or sampling.max_tokens <= len(resumed):
-            raise BadRequest("a request needs a prompt and at least one token of answer")
-        n_tokens = n_prompt + sampling.max_tokens
-        if n_tokens > self._max_tokens:
-            raise PromptTooLong(
-                f"{n_prompt} prompt tokens and {sampling.max_tokens} of answer are more than "
-                f"the {self._max_tokens} that this worker takes"
-            )
-        self._check_ids((*message.token_ids, *resumed))
-        items, row_positions = locate_items(
-            message.token_ids, self.model.row_token_ids, message.items
-        )
-        sequence = Sequence(
-            request_id=request_id,
-            n_prompt=n_prompt + len(resumed),
-            n_tokens=n_prompt + len(resumed) if message.keep_kv else n_tokens,
-            sampling=sampling,
-            arrived=time.time(),
-            items=items,
-            keep_kv=message.keep_kv,
-            output=list(resumed),
-        )
-        prompt = Prompt.build(self.model, message.token_ids, message.items, row_positions, resumed)
-        sequence.next_position = prompt.next_position
+        sequence, prompt = self._intake.prompt(message)
         self._scheduler.add(sequence)
-        self._sequences[request_id] = sequence
-        self._runner.add(request_id, prompt)
+        self._sequences[message.request_id] = sequence
+        self._runner.add(message.request_id, prompt)
 
     def _land(self, message: ItemLanded) -> None:
         sequence = self._sequences.get(message.request_id)
@@ -248,12 +239,7 @@ class Engine:
     def _reserve(self, message: Reserve) -> None:
         if self._knows(message.request_id):
             return
-        if message.n_tokens > self._max_tokens:
-            raise PromptTooLong(
-                f"{message.n_tokens} tokens are more than the {self._max_tokens} that this "
-                "worker takes"
-            )
-        reservation = Reservation(message.request_id, message.n_tokens, time.time())
+        reservation = self._intake.reservation(message)
         self._scheduler.add(reservation)
         self._reservations[message.request_id] = reservation
 
@@ -264,36 +250,10 @@ class Engine:
         if message.first.finish:
             self._end(message.request_id)
             return
-        assert reservation.blocks, "decode starts in blocks that were granted"
-        n_tokens = message.n_prompt - len(message.resumed) + message.sampling.max_tokens
-        if n_tokens > reservation.n_tokens:
-            raise PromptTooLong(
-                f"{n_tokens} tokens are more than the {reservation.n_tokens} reserved"
-            )
-        self._check_ids((*message.resumed, message.first.token))
-        now = time.time()
-        sequence = Sequence(
-            request_id=message.request_id,
-            n_prompt=message.n_prompt,
-            n_tokens=reservation.n_tokens,
-            sampling=message.sampling,
-            arrived=now,
-            phase=Phase.DECODE,
-            computed=message.n_prompt,
-            output=[*message.resumed, message.first.token],
-            next_position=message.next_position,
-            scheduled=now,
-        )
+        sequence = self._intake.answer(message, reservation)
         del self._reservations[message.request_id]
         self._sequences[message.request_id] = sequence
         self._scheduler.start(sequence)
-
-    def _check_ids(self, token_ids: Iterable[int]) -> None:
-        """An id outside the vocabulary would fail the whole step, on some devices the process."""
-        known, rows = range(self.model.vocab_size), self.model.row_token_ids
-        for token in token_ids:
-            if token not in known and token not in rows:
-                raise BadRequest(f"token {token} is not in the model's vocabulary")
 
     def _knows(self, request_id: str) -> bool:
         known = request_id in self._sequences or request_id in self._reservations

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from triptych.engine.scheduler import Work
 from triptych.engine.sequence import ItemSpan, Sequence
 from triptych.errors import TransferFailed
 from triptych.models.language import LanguageModel
+
+if TYPE_CHECKING:  # only on CUDA is it there to be imported
+    from triptych.engine.graphs import DecodeGraphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,8 @@ class Runner:
     """``places``: most sequences of a step, each with a place in ``attention``'s tables."""
 
     def __init__(self, model: LanguageModel, attention: Attention, places: int) -> None:
+        self.graphs: DecodeGraphs | None = None
+        """Captured decode steps, if there are any."""
         self._model = model
         self._attention = attention
         self._device = model.device
@@ -132,6 +138,14 @@ class Runner:
 
     # -------------------------------------------------------------- a step
 
+    @torch.inference_mode()
+    def warm_up(self, n_tokens: int, block_size: int) -> None:
+        """Before any request: the model on ``n_tokens`` tokens, in the cache's first blocks."""
+        self._attention.place(0, range(-(-n_tokens // block_size)), n_tokens)
+        token = torch.zeros(n_tokens, dtype=torch.int64, device=self._device)
+        batch = _Batch([token], [token.expand(self._model.axes, -1)], [Part(0, 0, n_tokens)])
+        self._model.logits(self._forward(batch)[-1:])
+
     def run(self, work: Seq[Work]) -> list[Sampled]:
         """One forward. Returns a token for each entry of ``work`` that samples, in order.
 
@@ -148,6 +162,8 @@ class Runner:
         """(rows, vocabulary) float32, a row for each entry of ``work`` that samples, or None."""
         batch = _Batch()
         decodes = [w.sequence for w in work if w.is_decode]
+        if self.graphs is not None and len(decodes) == len(work) <= self.graphs.most:
+            return self._captured(self.graphs, decodes)
         if decodes:
             self._add_decodes(batch, decodes)
         first = len(decodes)
@@ -162,6 +178,12 @@ class Runner:
             hidden[-1, 0].item()  # nothing else waits for the device, and progress is reported
             return None
         return self._model.logits(hidden.index_select(0, torch.tensor(rows, device=self._device)))
+
+    def _captured(self, graphs: DecodeGraphs, sequences: Seq[Sequence]) -> Tensor:
+        ids = [s.output[-1] for s in sequences]
+        positions = [s.last_position for s in sequences]
+        parts = [Part(self._place(s), s.computed, s.computed + 1) for s in sequences]
+        return graphs.logits(ids, positions, parts)
 
     def _forward(self, batch: _Batch) -> Tensor:
         """(tokens, width)."""

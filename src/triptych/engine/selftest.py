@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from triptych.config import EngineConfig
-from triptych.engine.attention import SdpaAttention
+from triptych.engine.backends import Compute
 from triptych.engine.block_manager import BlockManager
-from triptych.engine.kv_cache import KVCache, KVShape
-from triptych.engine.runner import Prompt, Runner
+from triptych.engine.kv_cache import KVShape
+from triptych.engine.runner import Prompt
 from triptych.engine.scheduler import Scheduler
 from triptych.engine.sequence import Item, Phase, Sequence
 from triptych.errors import UnsupportedModel
@@ -101,14 +101,16 @@ def _by_the_engine(
     model: LanguageModel, config: EngineConfig, prompts: dict[str, Prompt], rows: Tensor
 ) -> tuple[dict[str, list[Tensor]], dict[str, list[int]]]:
     """Logits of each generated token and the tokens, by prompt."""
-    shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
     n_tokens = {p.name: p.n_tokens + ANSWER.max_tokens for p in PROBES}
     n_blocks = sum(-(-n // config.block_size) for n in n_tokens.values())
-    nbytes = n_blocks * shape.block_nbytes(config.block_size)
+    room = max(n_blocks, -(-config.chunk_tokens // config.block_size)) + 1
+    shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
+    nbytes = room * shape.block_nbytes(config.block_size)
     memory = torch.zeros(nbytes, dtype=torch.uint8, device=model.device)
-    kv = KVCache(memory, shape, config.block_size)
+    compute = Compute(model, memory, config, max(n_tokens.values()))
+    compute.warm_up()
     scheduler = Scheduler(BlockManager(n_blocks, config.block_size), CHUNK_TOKENS, len(PROBES))
-    runner = Runner(model, SdpaAttention(kv, scheduler.places, n_blocks), scheduler.places)
+    runner = compute.runner
     for probe in PROBES:
         first, last = probe.n_before, probe.n_before + probe.n_rows
         items = (Item(first, last, probe.n_rows, landed=True),) if probe.n_rows else ()

@@ -8,9 +8,11 @@ engine's ``context`` reaches that function unchanged.
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +20,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
 from triptych.errors import BadRequest, UnsupportedModel
+from triptych.models.compiled import compile_blocks
 from triptych.models.refusals import image_token_id, video_token_id
 from triptych.models.vision import planes
 
+logger = logging.getLogger(__name__)
 Grid = tuple[int, int, int]
 
 PAGED_ATTENTION = "triptych_paged"
@@ -62,10 +66,18 @@ class LanguageModel:
         """Planes of the embeddings it takes: 1 + DeepStack planes."""
         self.axes = 3 if hasattr(self._inner, "get_rope_index") else 1
         """Axes of a position: 3 with M-RoPE, else 1."""
+        self.compiled = False
         self._pad_id = 0 if text.pad_token_id is None else text.pad_token_id
         if self.planes > 1 and not _takes_deepstack(self._decoder):
             raise UnsupportedModel(f"{type(self._decoder).__name__} takes no DeepStack planes")
         self.num_kv_heads, self.head_dim = self._probe()
+
+    def compile(self, folder: Path) -> None:
+        """Let the decoder's layers be compiled at the first forward, for an attention that does not
+        ask which layer it serves; ``folder`` keeps the result."""
+        n = compile_blocks(self._decoder, folder)
+        self.compiled = True
+        logger.info("%d decoder layers will be compiled, with their cache in %s", n, folder)
 
     def positions(
         self,
@@ -157,7 +169,8 @@ class LanguageModel:
         self._use(REFERENCE_ATTENTION)
         # With a cache the model takes the tokens for one sequence, whatever their positions.
         cache = DynamicCache(config=self._decoder.config)
-        hidden = self._decode(embeds, positions, visual_mask, deepstack, past_key_values=cache)
+        with torch.compiler.set_stance("force_eager"):
+            hidden = self._decode(embeds, positions, visual_mask, deepstack, past_key_values=cache)
         return self.logits(hidden)
 
     def _decode(

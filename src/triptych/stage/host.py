@@ -20,6 +20,7 @@ from triptych.config import (
     Timeouts,
     TransportName,
 )
+from triptych.engine.backends import compile_layers
 from triptych.engine.loop import Engine
 from triptych.engine.messages import Cancel, StepOutput
 from triptych.engine.selftest import selftest
@@ -116,7 +117,7 @@ class EngineHost:
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.engine.start()
+        await asyncio.wrap_future(self.engine.start())
 
     async def stop(self) -> None:
         await self.feed.close()
@@ -189,6 +190,7 @@ def create_language_stage(
     if engine_config.threads:
         torch.set_num_threads(engine_config.threads)
     model = load_language(model_config)
+    compile_layers(model, engine_config, model_config)
     if engine_config.selftest:
         selftest(model, engine_config)
     stage = Stage(

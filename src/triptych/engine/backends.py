@@ -1,0 +1,110 @@
+"""Which attention an engine computes with, and what that needs before the first request."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import time
+
+import torch
+from torch import Tensor
+
+from triptych.config import EngineConfig, ModelConfig
+from triptych.engine.attention import Attention, SdpaAttention
+from triptych.engine.kv_cache import KVCache, KVShape
+from triptych.engine.runner import Runner
+from triptych.errors import ConfigError
+from triptych.models.language import LanguageModel
+
+logger = logging.getLogger(__name__)
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+WARM_UP_TOKENS = 64
+"""Of a second forward, so that compiled code is seen to serve another number of tokens."""
+
+
+def choose(model: LanguageModel, config: EngineConfig) -> str:
+    """ "flashinfer" or "sdpa". Raises ConfigError if what was asked for cannot be had."""
+    if config.attention == "sdpa":
+        return "sdpa"
+    reason = ""
+    if model.device.type != "cuda":
+        reason = f"the model is on {model.device.type}"
+    elif model.dtype not in FLASH_DTYPES:
+        reason = f"it has no kernels for {model.dtype}"
+    elif importlib.util.find_spec("flashinfer") is None:
+        reason = "flashinfer is not installed (triptych[cuda])"
+    elif model.head_dim not in importlib.import_module("triptych.engine.flash_attention").HEAD_DIMS:
+        reason = f"it has no kernels for heads of {model.head_dim}"
+    if reason and config.attention == "flashinfer":
+        raise ConfigError(f"--attention flashinfer: {reason}")
+    if reason and model.device.type == "cuda":
+        logger.warning("attention by torch, sequence by sequence, not by FlashInfer: %s", reason)
+    return "sdpa" if reason else "flashinfer"
+
+
+def open_attention(name: str, kv: KVCache, places: int, max_blocks: int) -> Attention:
+    """``name`` as from ``choose``; the rest as for ``SdpaAttention``."""
+    if name == "sdpa":
+        return SdpaAttention(kv, places, max_blocks)
+    kernels = importlib.import_module("flashinfer")
+    write = importlib.import_module("triptych.engine.kv_write").write
+    flash = importlib.import_module("triptych.engine.flash_attention")
+    found: Attention = flash.FlashAttention(kv, places, max_blocks, kv.n_blocks - 1, kernels, write)
+    return found
+
+
+def compile_layers(model: LanguageModel, engine: EngineConfig, config: ModelConfig) -> None:
+    """Let the model's layers be compiled where its attention allows that. Compiled code, that of
+    FlashInfer too, is kept in ``config.compile_cache``."""
+    if choose(model, engine) == "flashinfer" and config.compile:
+        folder = config.compile_cache.expanduser().absolute()
+        os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", str(folder))
+        model.compile(folder)
+
+
+class Compute:
+    """What an engine computes with: the cache, the attention over it, the runner of its steps.
+
+    ``kv_memory``: as for ``Engine``. Raises ConfigError if the cache has no room for a block.
+    """
+
+    def __init__(
+        self, model: LanguageModel, kv_memory: Tensor, config: EngineConfig, n_positions: int
+    ) -> None:
+        """``n_positions``: tokens that no sequence exceeds."""
+        shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
+        name = choose(model, config)
+        self.model = model
+        self.kv = KVCache(kv_memory, shape, config.block_size)
+        self.n_blocks = self.kv.n_blocks - (name == "flashinfer")
+        """For sequences. One is left for what a captured step computes in vain."""
+        if self.n_blocks < 1:
+            raise ConfigError("the KV cache has no room for one block besides that of idle places")
+        self._chunk_tokens = min(config.chunk_tokens, self.n_blocks * config.block_size)
+        self._places = min(config.max_sequences, config.chunk_tokens)
+        n_tokens = min(n_positions, self.n_blocks * config.block_size)
+        self._attention = open_attention(
+            name, self.kv, self._places, -(-n_tokens // config.block_size)
+        )
+        self.runner = Runner(model, self._attention, self._places)
+
+    def warm_up(self) -> None:
+        """On the thread that will compute, before its first request: compile for the most tokens at
+        once, then see that the same code serves fewer. Torch's own attention needs none of it."""
+        if isinstance(self._attention, SdpaAttention):
+            return
+        began = time.perf_counter()
+        for n_tokens in (self._chunk_tokens, min(self._chunk_tokens, WARM_UP_TOKENS)):
+            self.runner.warm_up(n_tokens, self.kv.block_size)
+        torch.cuda.synchronize(self.model.device)
+        logger.info("the first forwards took %.1f s", time.perf_counter() - began)
+
+    def capture(self) -> None:
+        """Decode steps as CUDA graphs, where the layers are compiled. After ``warm_up``."""
+        if self.model.compiled:
+            began = time.perf_counter()
+            graphs = importlib.import_module("triptych.engine.graphs")
+            self.runner.graphs = graphs.DecodeGraphs(self.model, self._attention, self._places)
+            logger.info("capturing decode steps took %.1f s", time.perf_counter() - began)

@@ -1,0 +1,78 @@
+"""Decode steps captured as CUDA graphs: one for each size of batch that is worth its own."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from triptych.engine.attention import Part
+from triptych.engine.flash_attention import CONTEXT, DecodeStep, FlashAttention
+from triptych.models.language import LanguageModel
+
+
+def buckets(most: int) -> list[int]:
+    """Sizes of batch up to ``most``: powers of two, from 32 on multiples of 16."""
+    sizes = {1, 2, 4, 8, 16, *range(32, most, 16), most}
+    return sorted(size for size in sizes if size <= most)
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    step: DecodeStep
+    logits: Tensor
+    """(size, vocabulary) float32, overwritten by every replay."""
+
+
+class DecodeGraphs:
+    """Captures on construction, on the thread that will replay. The model has run before."""
+
+    @torch.inference_mode()
+    def __init__(self, model: LanguageModel, attention: FlashAttention, most: int) -> None:
+        self._model = model
+        self._attention = attention
+        self.most = most
+        self._sizes = buckets(most)
+        self._inputs = torch.zeros(2, most, dtype=torch.int64, device=model.device)
+        """Ids and positions."""
+        self._captured: dict[int, _Captured] = {}
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self._sizes):  # small ones fit the memory of large ones
+            step = DecodeStep(attention, size)
+            self._captured[size] = self._capture(size, step, pool)
+
+    def logits(self, ids: Seq[int], positions: Seq[int], parts: Seq[Part]) -> Tensor:
+        """(sequences, vocabulary) float32, valid until the next call. ``parts``: ``most`` at most,
+        of one token each."""
+        n = len(parts)
+        captured = self._captured[self._sizes[bisect_left(self._sizes, n)]]
+        self._inputs[:, :n].copy_(torch.tensor((ids, positions)), non_blocking=True)
+        captured.step.load(parts)
+        captured.graph.replay()
+        return captured.logits[:n]
+
+    def _capture(self, size: int, step: DecodeStep, pool: object) -> _Captured:
+        step.load(())
+        stream = torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._model.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._compute(size, step)
+        torch.cuda.synchronize(self._model.device)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of this process go on using the device meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # type: ignore[arg-type]
+            logits = self._compute(size, step)
+        return _Captured(graph, step, logits)
+
+    def _compute(self, size: int, step: DecodeStep) -> Tensor:
+        self._attention.enter(step)
+        ids, positions = self._inputs[0, :size], self._inputs[1:, :size]
+        hidden = self._model.forward(
+            self._model.embed(ids), positions.expand(self._model.axes, -1), CONTEXT
+        )
+        return self._model.logits(hidden)
