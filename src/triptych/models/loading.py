@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers.utils import is_accelerate_available
 
 from triptych.config import ModelConfig
 from triptych.errors import ConfigError, UnsupportedModel
@@ -58,11 +59,13 @@ def _load(config: ModelConfig, half: Half) -> Any:
     with _one_at_a_time, quiet():
         if config.load_format == "dummy":
             # From an empty state dict the loader makes every parameter and buffer of the half.
-            model = cls.from_pretrained(None, config=settings, state_dict={}, dtype=dtype)
+            model = cls.from_pretrained(
+                None, config=settings, state_dict={}, dtype=dtype, **_placed(device)
+            )
             model.to(device)
             fill_random(model, DUMMY_SEED)
         else:
-            model = _read_weights(cls, settings, config, dtype).to(device)
+            model = _read_weights(cls, settings, config, dtype, device).to(device)
     drain(device)  # other threads use the weights on streams of their own
     model.eval().requires_grad_(False)
     size = sum(p.nbytes for p in model.parameters()) / (1 << 20)
@@ -70,7 +73,16 @@ def _load(config: ModelConfig, half: Half) -> Any:
     return model
 
 
-def _read_weights(cls: Any, settings: Any, config: ModelConfig, dtype: torch.dtype) -> Any:
+def _placed(device: torch.device) -> dict[str, Any]:
+    """Has the loader make weights where they belong; without accelerate, on the host."""
+    if device.type == "cpu" or not is_accelerate_available():
+        return {}
+    return {"device_map": {"": device}}
+
+
+def _read_weights(
+    cls: Any, settings: Any, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> Any:
     try:
         model, report = cls.from_pretrained(
             config.model,
@@ -78,6 +90,7 @@ def _read_weights(cls: Any, settings: Any, config: ModelConfig, dtype: torch.dty
             revision=config.revision,
             dtype=dtype,
             output_loading_info=True,
+            **_placed(device),
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as exc:
         raise UnsupportedModel(f"cannot load {config.model}: {exc}") from exc

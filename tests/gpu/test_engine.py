@@ -1,0 +1,133 @@
+"""FlashInfer, compiled layers and captured decode steps against torch's own attention, in bfloat16,
+with the same tokens forced on both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig
+
+from triptych.config import EngineConfig, ModelConfig
+from triptych.engine.attention import Part
+from triptych.engine.backends import Compute, compile_layers, open_attention
+from triptych.engine.kv_cache import KVCache, KVShape
+from triptych.engine.runner import Prompt
+from triptych.engine.scheduler import Work
+from triptych.engine.selftest import selftest
+from triptych.engine.sequence import Sequence
+from triptych.models.language import LanguageModel
+from triptych.models.loading import load_language
+from triptych.request import Sampling
+
+pytest.importorskip("flashinfer")
+DEVICE = "cuda:0"
+BLOCK = 16
+PROMPTS = (40, 21, 3)
+STEPS = 20
+
+
+@pytest.mark.parametrize("window", [None, 5, 33])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(7, 1, 128), (8, 8, 64), (32, 8, 128)])
+def test_equals_torch(heads: int, kv_heads: int, dim: int, window: int | None) -> None:
+    torch.manual_seed(0)
+    shape = KVShape(2, kv_heads, dim, torch.bfloat16)
+    memory = torch.zeros(64 * shape.block_nbytes(BLOCK), dtype=torch.uint8, device=DEVICE)
+    kv = KVCache(memory, shape, BLOCK)
+    kv.data.normal_()
+    parts = [Part(0, 17, 18), Part(3, 0, 1), Part(1, 0, 70), Part(2, 40, 47)]
+    order = torch.randperm(63).tolist()
+    tables = {part.place: [order.pop() for _ in range(-(-part.stop // BLOCK))] for part in parts}
+    n = sum(part.stop - part.start for part in parts)
+    query, key, value = (
+        torch.randn(1, h, n, dim, device=DEVICE, dtype=torch.bfloat16)
+        for h in (heads, kv_heads, kv_heads)
+    )
+    layer = torch.nn.Module()
+    found = []
+    for name in ("flashinfer", "sdpa"):
+        attention = open_attention(name, kv, 4, 8)
+        for part in parts:
+            attention.place(part.place, tables[part.place], part.stop)
+        context = attention.plan(parts, 2)
+        for index in range(2):
+            layer.layer_idx = index  # type: ignore[assignment]
+            out = context.attend(layer, query, key, value, dim**-0.5, window)
+        found.append(out.float())
+    torch.testing.assert_close(*found, atol=2e-2, rtol=2e-2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    folder = tmp_path_factory.mktemp("model")
+    text = {
+        "hidden_size": 448,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 7,
+        "num_key_value_heads": 1,
+        "intermediate_size": 512,
+        "vocab_size": 1024,
+        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [8, 12, 12]},
+    }
+    vision = {"depth": 1, "hidden_size": 64, "out_hidden_size": 448, "num_heads": 2}
+    tokens = {"image_token_id": 1000, "video_token_id": 1001, "vision_start_token_id": 1002}
+    settings = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+    settings.save_pretrained(folder)
+    config = ModelConfig(str(folder), "bfloat16", DEVICE, "dummy", compile_cache=folder / "code")
+    model = load_language(config)
+    compile_layers(model, EngineConfig(), config)
+    assert model.compiled
+    return model
+
+
+def forced(model: LanguageModel, config: EngineConfig, chunk: int) -> list[Tensor]:
+    """Logits of ``STEPS`` forced tokens after each of ``PROMPTS``."""
+    shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
+    memory = torch.zeros(40 * shape.block_nbytes(BLOCK), dtype=torch.uint8, device=DEVICE)
+    compute = Compute(model, memory, config, 128)
+    compute.warm_up()
+    if config.attention != "sdpa":
+        compute.capture()
+        assert compute.runner.graphs is not None
+    sequences, found = [], []
+    generator = torch.Generator().manual_seed(1)
+    for i, n in enumerate(PROMPTS):
+        ids = torch.randint(10, 900, (n + STEPS,), generator=generator).tolist()
+        sequence = Sequence(f"r{i}", n, n + STEPS, Sampling(max_tokens=STEPS), 0.0)
+        sequence.blocks = tuple(range(5 * i, 5 * i + 5))
+        prompt = Prompt.build(model, ids[:n], (), [])
+        sequence.next_position = prompt.next_position
+        compute.runner.add(sequence.request_id, prompt)
+        for start in range(0, n, chunk):
+            stop = min(n, start + chunk)
+            logits = compute.runner.logits([Work(sequence, start, stop)])
+        assert logits is not None
+        found.append(logits.clone())
+        sequence.computed = n
+        sequences.append((sequence, ids[n:]))
+    for step in range(STEPS):
+        for sequence, answer in sequences:
+            sequence.output.append(answer[step])
+        work = [Work(s, s.computed, s.computed + 1) for s, _ in sequences]
+        logits = compute.runner.logits(work)
+        assert logits is not None
+        found.append(logits.clone())
+        for sequence, _ in sequences:
+            sequence.computed += 1
+    return found
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_captured_steps_give_the_logits_of_plain_ones(model: LanguageModel, chunk: int) -> None:
+    ours = forced(model, EngineConfig(chunk_tokens=64, max_sequences=4), chunk)
+    with torch.compiler.set_stance("force_eager"):
+        theirs = forced(model, EngineConfig(attention="sdpa", chunk_tokens=64), chunk)
+    scale = max(float(rows.abs().max()) for rows in theirs)
+    for got, expected in zip(ours, theirs, strict=True):
+        assert float((got - expected).abs().max()) <= 0.05 * scale
+
+
+def test_the_self_test_goes_through_it(model: LanguageModel, tmp_path: Path) -> None:
+    assert selftest(model, EngineConfig(chunk_tokens=64)) < 1
