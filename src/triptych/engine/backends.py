@@ -82,9 +82,9 @@ class Compute:
         """For sequences. One is left for what a captured step computes in vain."""
         if self.n_blocks < 1:
             raise ConfigError("the KV cache has no room for one block besides that of idle places")
-        self._chunk_tokens = min(config.chunk_tokens, self.n_blocks * config.block_size)
         self._places = min(config.max_sequences, config.chunk_tokens)
         n_tokens = min(n_positions, self.n_blocks * config.block_size)
+        self._chunk_tokens = min(config.chunk_tokens, n_tokens)
         self._attention = open_attention(
             name, self.kv, self._places, -(-n_tokens // config.block_size)
         )

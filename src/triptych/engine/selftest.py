@@ -107,7 +107,7 @@ def _by_the_engine(
     shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
     nbytes = room * shape.block_nbytes(config.block_size)
     memory = torch.zeros(nbytes, dtype=torch.uint8, device=model.device)
-    compute = Compute(model, memory, config, max(n_tokens.values()))
+    compute = Compute(model, memory, config, room * config.block_size)
     compute.warm_up()
     scheduler = Scheduler(BlockManager(n_blocks, config.block_size), CHUNK_TOKENS, len(PROBES))
     runner = compute.runner
