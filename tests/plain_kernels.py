@@ -15,8 +15,7 @@ class _Wrapper:
         self.plans = 0
 
     def _plan(self, pages: tuple[Tensor, Tensor, Tensor], queries: Tensor, **more: Any) -> None:
-        for tensor in (*pages, queries):
-            assert tensor.dtype == torch.int32 and tensor.device.type == "cpu"
+        assert all(tensor.dtype == torch.int32 for tensor in (*pages, queries))
         indptr, blocks, last = pages
         n = len(last)
         assert len(indptr) == len(queries) == n + 1 and int(indptr[-1]) == len(blocks)

@@ -29,9 +29,11 @@ PROMPTS = (40, 21, 3)
 STEPS = 20
 
 
-@pytest.mark.parametrize("window", [None, 5, 33])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(7, 1, 128), (8, 8, 64), (32, 8, 128)])
-def test_equals_torch(heads: int, kv_heads: int, dim: int, window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("window", "heads", "kv_heads", "dim"), [(None, 7, 1, 128), (None, 8, 8, 128), (5, 32, 8, 128)]
+)
+def test_equals_torch(window: int | None, heads: int, kv_heads: int, dim: int) -> None:
+    """Every other kind of kernel takes a minute to compile."""
     torch.manual_seed(0)
     shape = KVShape(2, kv_heads, dim, torch.bfloat16)
     memory = torch.zeros(64 * shape.block_nbytes(BLOCK), dtype=torch.uint8, device=DEVICE)
@@ -63,15 +65,15 @@ def test_equals_torch(heads: int, kv_heads: int, dim: int, window: int | None) -
 def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     folder = tmp_path_factory.mktemp("model")
     text = {
-        "hidden_size": 448,
+        "hidden_size": 896,
         "num_hidden_layers": 3,
         "num_attention_heads": 7,
         "num_key_value_heads": 1,
         "intermediate_size": 512,
         "vocab_size": 1024,
-        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [8, 12, 12]},
+        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [16, 24, 24]},
     }
-    vision = {"depth": 1, "hidden_size": 64, "out_hidden_size": 448, "num_heads": 2}
+    vision = {"depth": 1, "hidden_size": 64, "out_hidden_size": 896, "num_heads": 2}
     tokens = {"image_token_id": 1000, "video_token_id": 1001, "vision_start_token_id": 1002}
     settings = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
     settings.save_pretrained(folder)

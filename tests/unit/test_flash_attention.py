@@ -108,6 +108,17 @@ def test_a_captured_size_computes_fewer_and_leaves_the_rest_alone() -> None:
     expected = attend(reference.plan(parts, 2), 0, first, None)
     torch.testing.assert_close(got[:, :2], expected, atol=1e-5, rtol=0)
     step.load(())  # all of it idle
+    (wrapper,) = step._wrappers.values()
+    step.load(parts)
+    step.foresee(parts)
+    plans = wrapper.plans
+    step.load([Part(3, 10, 11), Part(1, 1, 2)])
+    assert wrapper.plans == plans and wrapper.pages[2].tolist() == [3, 2, 1, 1]
+    step.load([Part(3, 10, 11)])
+    assert wrapper.plans == plans + 1 and wrapper.pages[2].tolist() == [3, 1, 1, 1]
+    subject.place(3, [8, 1, 0], 10)  # another sequence, as far as the one before it
+    step.load([Part(3, 10, 11)])
+    assert wrapper.pages[1].tolist()[:3] == [8, 1, 0]
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])

@@ -46,6 +46,8 @@ class FlashAttention:
         self.max_blocks = max_blocks
         self.heads: dict[Kind, int] = {}
         """Query heads of each kind of layer that the model has been seen to have."""
+        self.placed = 0
+        """How often a table has changed."""
         self.workspace = torch.empty(WORKSPACE_NBYTES, dtype=torch.uint8, device=kv.device)
         self._write = write
         self._layers = [(kv.data[:, i, 0], kv.data[:, i, 1]) for i in range(kv.data.shape[1])]
@@ -56,6 +58,7 @@ class FlashAttention:
     def place(self, place: int, blocks: Seq[int], computed: int) -> None:
         """See ``Attention``. What the blocks held before is never read: no need to clear it."""
         self._tables[place, : len(blocks)] = blocks
+        self.placed += 1
 
     def plan(self, parts: Seq[Part], n_decodes: int) -> FlashContext:
         """See ``Attention``."""
@@ -185,6 +188,8 @@ class DecodeStep(Step):
         def buffer(length: int) -> Tensor:
             return torch.zeros(length, dtype=torch.int32, device=device)
 
+        self._loaded: tuple[Seq[Part], int] | None = None
+        """What is planned for, and how often a table had changed by then."""
         self._wrappers = {
             kind: attention.kernels.BatchDecodeWithPagedKVCacheWrapper(
                 attention.workspace,
@@ -199,8 +204,20 @@ class DecodeStep(Step):
         }
 
     def load(self, parts: Seq[Part]) -> None:
-        """Plan for these decodes, ``size`` at most."""
+        """Plan for these decodes, ``size`` at most; nothing to do if they are as foreseen."""
+        if (parts, self.attention.placed) != self._loaded:
+            self._load(parts)
+
+    def foresee(self, parts: Seq[Part]) -> None:
+        """While the device computes these: plan for one token more of each, as it mostly comes."""
+        then = [Part(part.place, part.start + 1, part.stop + 1) for part in parts]
+        room = self.attention.max_blocks * self.attention.kv.block_size
+        if all(part.stop <= room for part in then):
+            self._load(then)
+
+    def _load(self, parts: Seq[Part]) -> None:
         attention, shape = self.attention, self.attention.kv.data.shape
+        self._loaded = parts, attention.placed
         n_idle = self._size - len(parts)
         slots = np.full(self._size, attention.kv.slot(attention.scratch, 0), np.int64)
         pages = [torch.arange(n_idle + 1, dtype=torch.int32)]
@@ -211,7 +228,9 @@ class DecodeStep(Step):
             indptr, blocks, last = attention.pages(parts)
             pages[0] = torch.cat([indptr, indptr[-1] + pages[0][1:]])
             pages[1:] = [torch.cat([blocks, pages[1]]), torch.cat([last, pages[2]])]
-        self.slots.copy_(torch.from_numpy(slots), non_blocking=True)
+        # From page-locked memory: the host must not wait for what the device computes meanwhile.
+        self.slots.copy_(self._locked(torch.from_numpy(slots)), non_blocking=True)
+        pages[1] = self._locked(pages[1]).to(self.slots.device, non_blocking=True)
         for kind, wrapper in self._wrappers.items():
             wrapper.plan(
                 *pages,
@@ -221,6 +240,9 @@ class DecodeStep(Step):
                 attention.kv.block_size,
                 **attention.options(kind),
             )
+
+    def _locked(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self.slots.device.type == "cuda" else tensor
 
     def wrapper(self, kind: Kind) -> Any:
         """See ``Step``."""

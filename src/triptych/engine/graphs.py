@@ -53,6 +53,7 @@ class DecodeGraphs:
         self._inputs[:, :n].copy_(torch.tensor((ids, positions)), non_blocking=True)
         captured.step.load(parts)
         captured.graph.replay()
+        captured.step.foresee(parts)
         return captured.logits[:n]
 
     def _capture(self, size: int, step: DecodeStep, pool: object) -> _Captured:

@@ -84,6 +84,6 @@ class Intake:
     def _check_ids(self, token_ids: Iterable[int]) -> None:
         """An id outside the vocabulary would fail the whole step, on some devices the process."""
         known, rows = range(self._model.vocab_size), self._model.row_token_ids
-        for token in token_ids:
+        for token in set(token_ids):
             if token not in known and token not in rows:
                 raise BadRequest(f"token {token} is not in the model's vocabulary")

@@ -99,6 +99,8 @@ class LanguageModel:
         ids = torch.tensor(token_ids)[None]
         is_image = self._rows(ids, "image", self.image_token_id, grids)
         is_video = self._rows(ids, "video", self.video_token_id, video_grids)
+        if not grids and not video_grids:  # text advances on all axes together
+            return torch.arange(n_tokens).expand(self.axes, -1), n_tokens
         timed = {"second_per_grid_ts": torch.tensor(seconds_per_grid)} if seconds_per_grid else {}
         positions, delta = self._inner.get_rope_index(
             input_ids=ids,
