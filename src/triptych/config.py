@@ -165,6 +165,8 @@ class RouterConfig:
     """Largest request body."""
     max_requests: int = 256
     """Most requests in progress; more are answered 429."""
+    max_choices: int = 8
+    """Most answers to one request (``n``)."""
     parent_pipe: int = -1
     """File descriptor that closes when the launching process is gone; -1: none."""
 

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, LogitsProcessor
 
 from triptych.config import ModelConfig
+from triptych.engine.sampler import Draw, sample
 from triptych.media.processor import Processor
+from triptych.request import Sampling
 
 SIZES = [(200, 160), (120, 240), (90, 90), (300, 140)]
 """Pixels of the test pictures, width and height: unequal, so that mix-ups show."""
@@ -51,6 +53,21 @@ class Expected:
     """(tokens, vocabulary) float32."""
 
 
+class Drawn(LogitsProcessor):
+    """Leaves ``generate`` no token but the one that the sampler draws from this row alone."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.index = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        (drawn,) = sample(scores.float(), [Draw(self.sampling, self.index)])
+        self.index += 1
+        only = torch.full_like(scores, -torch.inf)
+        only[:, drawn.token] = 0.0
+        return only
+
+
 class Reference:
     """The model is on the CPU; ``device``: where pixels are resized, which rounds them otherwise
     on a GPU."""
@@ -62,8 +79,10 @@ class Reference:
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
     @torch.inference_mode()
-    def answer(self, seeds: list[int], text: str, max_tokens: int) -> Expected:
-        """Greedy answer to ``question(seeds, text)``."""
+    def answer(
+        self, seeds: list[int], text: str, max_tokens: int, sampling: Sampling | None = None
+    ) -> Expected:
+        """Answer to ``question(seeds, text)``: greedy, or as ``sampling`` draws."""
         parts: list[dict[str, Any]] = [{"type": "image", "image": picture(s)} for s in seeds]
         inputs = self.processor.hf.apply_chat_template(
             [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
@@ -76,6 +95,7 @@ class Reference:
             **inputs,
             max_new_tokens=max_tokens,
             do_sample=False,
+            logits_processor=[] if sampling is None else [Drawn(sampling)],
             output_logits=True,
             return_dict_in_generate=True,
         )

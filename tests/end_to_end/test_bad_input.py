@@ -196,7 +196,7 @@ def test_too_many_videos(cluster: Cluster) -> None:
         ({"messages": [{"role": "user", "content": "word " * 20_000}]}, "tokens"),
         ({"max_tokens": 10_000_000}, "tokens"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"n": 2}, "n"),
+        ({"n": 9}, "n"),
     ],
 )
 def test_bad_field(cluster: Cluster, changes: dict[str, Any], said: str) -> None:

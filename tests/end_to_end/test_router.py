@@ -170,7 +170,7 @@ BAD = [
     ({"model": "other"}, 404, "model", "tiny"),
     ({"extra_body": {"foo": 1}}, 400, "foo", "foo"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "supported"),
-    ({"n": 2}, 400, "n", "supported"),
+    ({"n": 9}, 400, "n", "limit is 8"),
     ({"temperature": "hot"}, 400, "temperature", "str"),
     ({"messages": with_images(b"")}, 400, "messages[0].content[0].image_url", "image 1: "),
     ({"messages": with_images(b"ok", b"not an image")}, 400,

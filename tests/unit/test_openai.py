@@ -121,8 +121,8 @@ BAD = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "<= 20"),
     ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
-    ({"n": 2}, "n", "n = 2 is not supported"),
-    ({"n": True}, "n", "n = true is not supported"),
+    ({"n": 0}, "n", ">= 1"),
+    ({"n": True}, "n", "got `bool`"),
     ({"tools": [{"type": "function"}]}, "tools", "not supported"),
     ({"tool_choice": "required"}, "tool_choice", "not supported"),
     ({"functions": [{}]}, "functions", "not supported"),
@@ -175,9 +175,16 @@ def test_errors_in_openais_format(error: Any, kind: str, code: str) -> None:
 # ------------------------------------------------------------------ answers
 
 
-def answer(*, logprobs: int = -1, usage: bool = False) -> Answer:
+def answer(*, logprobs: int = -1, usage: bool = False, n: int = 1) -> Answer:
     pieces = {1: "a", 2: " b", 3: "\ufffd"}
-    return Answer("id", "m", piece=pieces.__getitem__, logprobs=logprobs, usage_in_stream=usage)
+    return Answer(
+        "id",
+        "m",
+        piece=pieces.__getitem__,
+        logprobs=logprobs,
+        usage_in_stream=usage,
+        n_choices=n,
+    )
 
 
 def event(index: int, token: int, **more: Any) -> TokenEvent:
@@ -231,6 +238,24 @@ def test_a_whole_answer_with_logprobs() -> None:
     assert [t["token"] for t in first["top_logprobs"]] == ["a", "\ufffd"]
     assert first["top_logprobs"][1]["bytes"] is None
     assert second["bytes"] == [32, 98] and second["top_logprobs"] == []
+
+
+def test_several_choices_are_told_apart() -> None:
+    built = answer(logprobs=0, n=2)
+    assert [c["choices"][0]["index"] for c in chunks(built.opening())] == [0, 1]
+    deltas = [
+        Delta(" b", (event(0, 2, logprob=-2.0),), "length", choice=1),
+        Delta("a", (event(0, 1, logprob=-1.0),), "stop", choice=0),
+    ]
+    for delta in deltas:
+        assert {c["choices"][0]["index"] for c in chunks(built.events(delta))} == {delta.choice}
+        built.add(delta)
+    found = json.loads(built.whole(Usage(4, 2, 6)))["choices"]
+    assert [(c["index"], c["message"]["content"], c["finish_reason"]) for c in found] == [
+        (0, "a", "stop"),
+        (1, " b", "length"),
+    ]
+    assert [c["logprobs"]["content"][0]["logprob"] for c in found] == [-1.0, -2.0]
 
 
 def test_an_error_in_a_stream_is_an_event() -> None:

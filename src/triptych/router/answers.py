@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -26,6 +26,8 @@ class Delta:
     """The tokens that belong to the answer's text; a finishing end token is not among them."""
     finish: str = ""
     """"", "stop" or "length"."""
+    choice: int = 0
+    """Which of the request's answers it belongs to."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -38,6 +40,22 @@ class Usage(msgspec.Struct, frozen=True):
     total_tokens: int
 
 
+class TopLogprob(msgspec.Struct, frozen=True):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    """None: a part of a character."""
+
+
+class TokenLogprob(TopLogprob, frozen=True):
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(msgspec.Struct, frozen=True):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
 class ChunkDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     role: str | None = None
     content: str | None = None
@@ -47,16 +65,42 @@ class ChunkChoice(msgspec.Struct, frozen=True):
     index: int
     delta: ChunkDelta
     finish_reason: str | None = None
-    logprobs: dict[str, Any] | None = None
+    logprobs: Logprobs | None = None
 
 
 class Chunk(msgspec.Struct, frozen=True):
+    """One event of a streamed answer."""
+
     id: str
     object: str
     created: int
     model: str
     choices: tuple[ChunkChoice, ...]
     usage: Usage | None | msgspec.UnsetType = msgspec.UNSET
+
+
+class Message(msgspec.Struct, frozen=True):
+    role: str
+    content: str
+    refusal: None = None
+
+
+class Choice(msgspec.Struct, frozen=True):
+    index: int
+    message: Message
+    finish_reason: str
+    logprobs: Logprobs | None
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """A whole answer."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: tuple[Choice, ...]
+    usage: Usage
 
 
 def completion_id(request_id: str) -> str:
@@ -74,6 +118,7 @@ class Answer:
         piece: Callable[[int], str],
         logprobs: int,
         usage_in_stream: bool,
+        n_choices: int = 1,
     ) -> None:
         """``piece``: text of one token. ``logprobs``: as ``Sampling.logprobs``."""
         self._id = completion_id(request_id)
@@ -82,25 +127,27 @@ class Answer:
         self._piece = piece
         self._logprobs = logprobs
         self._usage: Usage | None | msgspec.UnsetType = None if usage_in_stream else msgspec.UNSET
-        self._texts: list[str] = []
-        self._tokens: list[dict[str, Any]] = []
-        self._finish = ""
+        self._choices = [_Whole() for _ in range(n_choices)]
 
     # ------------------------------------------------------------------ streamed
 
     def opening(self) -> bytes:
-        """The first event: who speaks."""
-        return self._event((ChunkChoice(0, ChunkDelta(role="assistant", content="")),))
+        """The first event of each choice: who speaks."""
+        said = ChunkDelta(role="assistant", content="")
+        return b"".join(
+            self._event((ChunkChoice(index, said),)) for index in range(len(self._choices))
+        )
 
     def events(self, delta: Delta) -> bytes:
         """The events of ``delta``; b"" when it adds nothing to see."""
         found = b""
         logprobs = self._logprobs_of(delta.events)
         if delta.text or logprobs:
-            choice = ChunkChoice(0, ChunkDelta(content=delta.text), logprobs=logprobs)
-            found = self._event((choice,))
+            said = ChunkDelta(content=delta.text)
+            found = self._event((ChunkChoice(delta.choice, said, logprobs=logprobs),))
         if delta.finish:
-            found += self._event((ChunkChoice(0, ChunkDelta(), finish_reason=delta.finish),))
+            end = ChunkChoice(delta.choice, ChunkDelta(), finish_reason=delta.finish)
+            found += self._event((end,))
         return found
 
     def closing(self, usage: Usage) -> bytes:
@@ -119,47 +166,52 @@ class Answer:
     # ------------------------------------------------------------------ whole
 
     def add(self, delta: Delta) -> None:
-        self._texts.append(delta.text)
-        self._finish = delta.finish
+        choice = self._choices[delta.choice]
+        choice.texts.append(delta.text)
+        choice.finish = delta.finish
         if logprobs := self._logprobs_of(delta.events):
-            self._tokens += logprobs["content"]
+            choice.tokens += logprobs.content
 
     def whole(self, usage: Usage) -> bytes:
-        """JSON of the answer once its last delta has been added."""
-        message = {"role": "assistant", "content": "".join(self._texts), "refusal": None}
-        choice = {
-            "index": 0,
-            "message": message,
-            "finish_reason": self._finish,
-            "logprobs": None if self._logprobs < 0 else {"content": self._tokens, "refusal": None},
-        }
+        """JSON of the answer once the last delta of each choice has been added."""
+        choices = tuple(
+            Choice(
+                index,
+                Message("assistant", "".join(choice.texts)),
+                choice.finish,
+                None if self._logprobs < 0 else Logprobs(choice.tokens),
+            )
+            for index, choice in enumerate(self._choices)
+        )
         return msgspec.json.encode(
-            {
-                "id": self._id,
-                "object": "chat.completion",
-                "created": self._created,
-                "model": self._model,
-                "choices": [choice],
-                "usage": usage,
-            }
+            Completion(self._id, "chat.completion", self._created, self._model, choices, usage)
         )
 
     # ------------------------------------------------------------------ logprobs
 
-    def _logprobs_of(self, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
+    def _logprobs_of(self, events: Sequence[TokenEvent]) -> Logprobs | None:
         if self._logprobs < 0 or not events:
             return None
-        return {"content": [self._logprob(event) for event in events], "refusal": None}
+        return Logprobs([self._logprob(event) for event in events])
 
-    def _logprob(self, event: TokenEvent) -> dict[str, Any]:
-        top = [self._entry(likely.token, likely.logprob) for likely in event.top]
-        return {**self._entry(event.token, event.logprob or 0.0), "top_logprobs": top}
+    def _logprob(self, event: TokenEvent) -> TokenLogprob:
+        top = [TopLogprob(*self._entry(likely.token, likely.logprob)) for likely in event.top]
+        return TokenLogprob(*self._entry(event.token, event.logprob or 0.0), top)
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+    def _entry(self, token: int, logprob: float) -> tuple[str, float, list[int] | None]:
         text = self._piece(token)
         # A part of a character has no text of its own, and the bytes behind it are not known here.
         known = None if REPLACEMENT in text else list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": known}
+        return text, logprob, known
+
+
+@dataclass
+class _Whole:
+    """A choice until its answer is whole."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    finish: str = ""
 
 
 def error_event(body: dict[str, Any]) -> bytes:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from triptych.errors import BadMedia, BadVideo, TriptychError
 from triptych.request import KINDS, Kind, Sampling
-from triptych.router.openai import ChatRequest, ItemInput
+from triptych.router.openai import SEED_BITS, ChatRequest, ItemInput
 
 
 @dataclass
@@ -30,12 +31,16 @@ def counted(files: Sequence[File]) -> str:
 
 @dataclass
 class Call:
-    """One request of a client."""
+    """One request of a client; with ``branch``, one of the answers to it."""
 
     request_id: str
     chat: ChatRequest
     arrived: float
     """Wall clock, seconds since the epoch."""
+    choice: int = 0
+    """Which of the ``n`` answers this is."""
+    seed: int = field(init=False)
+    """Drawn here when none is given; the answers draw from it by their numbers."""
     items: list[ItemInput] = field(init=False)
     """Images and videos, in the order of the prompt once that is known."""
     tries: int = 0
@@ -52,6 +57,38 @@ class Call:
 
     def __post_init__(self) -> None:
         self.items = self.chat.items()
+        seed = self.chat.seed
+        self.seed = secrets.randbits(SEED_BITS) if seed is None else seed % (1 << SEED_BITS)
+
+    def branch(self, choice: int) -> Call:
+        """The same request for another of its answers, which has failures and tokens of its own.
+
+        Made before anything has been tried.
+        """
+        other = copy.copy(self)
+        other.choice, other.avoided, other.tokens = choice, set(), []
+        return other
+
+    def next_wire_id(self) -> str:
+        """Of the next try: no two tries of any of the answers have the same."""
+        self.tries += 1
+        answer = f".{self.choice}" if self.choice else ""
+        again = f"-{self.tries}" if self.tries > 1 else ""
+        return f"{self.request_id}{answer}{again}"
+
+    def first_sampling(self, max_tokens: int, stop_ids: tuple[int, ...]) -> Sampling:
+        """``stop_ids``: of the model."""
+        chat = self.chat
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if chat.temperature is None else chat.temperature,
+            top_p=1.0 if chat.top_p is None else chat.top_p,
+            top_k=max(0, chat.top_k or 0),
+            seed=self.seed,
+            choice=self.choice,
+            stop_ids=() if chat.ignore_eos else stop_ids,
+            logprobs=chat.n_logprobs,
+        )
 
     def count(self, kind: Kind) -> int:
         return sum(item.kind == kind for item in self.items)

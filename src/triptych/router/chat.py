@@ -81,6 +81,7 @@ class ChatEndpoint:
             body = await self._body(scope, receive)
             chat = await offload(len(body) <= INLINE_NBYTES, parse, body)
             self.check_model(chat.model)
+            self._check_choices(chat.n_choices)
             self._timelines.open(request_id, arrived)
             await self._answer(Call(request_id, chat, arrived), reply, receive)
         except TriptychError as error:
@@ -91,6 +92,10 @@ class ChatEndpoint:
                 self._idle.set()
             metrics.requests_running.dec()
             metrics.requests_ended.labels(str(reply.status)).inc()
+
+    def _check_choices(self, n: int) -> None:
+        if n > self._config.max_choices:
+            raise BadRequest(f"n = {n}, the limit is {self._config.max_choices}", param="n")
 
     def _check_room(self) -> None:
         if self.draining:
@@ -153,6 +158,7 @@ class ChatEndpoint:
             piece=self._prompter.piece,
             logprobs=call.chat.n_logprobs,
             usage_in_stream=call.chat.wants_usage,
+            n_choices=call.chat.n_choices,
         )
 
 

@@ -86,6 +86,7 @@ class ChatRequest(Strict, frozen=True):
     top_k: Annotated[int, Meta(ge=-1)] | None = None
     """Not OpenAI's. 0 and -1: all."""
     seed: Annotated[int, Meta(ge=-(1 << SEED_BITS), le=(1 << SEED_BITS) - 1)] | None = None
+    n: Annotated[int, Meta(ge=1)] | None = None
     stop: str | Annotated[list[str], Meta(max_length=MAX_STOPS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -96,7 +97,6 @@ class ChatRequest(Strict, frozen=True):
     prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
 
-    n: Any = None
     tools: Any = None
     tool_choice: Any = None
     parallel_tool_calls: Any = None
@@ -120,6 +120,10 @@ class ChatRequest(Strict, frozen=True):
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def n_choices(self) -> int:
+        return self.n or 1
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -201,7 +205,6 @@ def _is_one_of(*neutral: Any) -> Callable[[Any], bool]:
 
 
 _NEUTRAL: dict[str, Callable[[Any], bool]] = {
-    "n": _is_one_of(1),
     "tools": _is_one_of([]),
     "tool_choice": _is_one_of("none", "auto"),
     "parallel_tool_calls": _is_one_of(True, False),

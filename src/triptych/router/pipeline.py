@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 from triptych import wire
 from triptych.config import RouterConfig
@@ -17,25 +16,23 @@ from triptych.errors import (
     UnsupportedModel,
 )
 from triptych.observe import metrics
-from triptych.request import Sampling
 from triptych.router.answers import Delta, Usage
 from triptych.router.attempt import Attempt
 from triptych.router.call import Call, File, Prompt
+from triptych.router.choices import Emit, answer_all
 from triptych.router.client import WorkerClient
 from triptych.router.detokenize import Detokenizer
 from triptych.router.encoding import Encoding
 from triptych.router.files import Files
 from triptych.router.inbox import Inboxes, StageFailed
 from triptych.router.membership import Membership, Worker
-from triptych.router.openai import DEFAULT_MAX_TOKENS, SEED_BITS, ChatRequest
+from triptych.router.openai import DEFAULT_MAX_TOKENS, ChatRequest
 from triptych.router.placement import answering_roles
 from triptych.router.prompt import Prompter
 from triptych.router.timelines import Timelines
 
 RETRIES = 2
 """More tries that a request gets on other workers; the count begins anew with every token."""
-
-Emit = Callable[[Delta], Awaitable[None]]
 
 
 class Pipeline:
@@ -74,28 +71,35 @@ class Pipeline:
                 rendered = self._prompter.render(call.chat)
                 call.arrange(self._prompter.order(rendered))
                 files = await self._files.fetch(call)
-                text = Detokenizer(self._prompter.decode, call.chat.stops)
-                while True:
-                    attempt = self._next_attempt(call)
-                    cancel: Sequence[Worker] | None = None
-                    try:
-                        items = await self._encoding.encode(call, attempt, files)
-                        prompt = await self._expand(call, attempt, rendered, items)
-                        await self._start(call, attempt, prompt, items)
-                        usage, cancel = await self._relay(call, attempt, prompt, files, text, emit)
-                        return usage
-                    except StageFailed as failure:
-                        self._retry_or_raise(call, attempt, failure)
-                    finally:
-                        attempt.close(cancel=cancel)
+
+                async def answer(call: Call, files: list[File], emit: Emit) -> Usage:
+                    return await self._answer(call, rendered, files, emit)
+
+                return await answer_all(call, files, answer, emit)
         except TimeoutError:
             raise DeadlineExceeded(f"not finished in {self._timeouts.request:g} s") from None
         except TriptychError as error:
             raise call.located(error) from error
 
+    async def _answer(self, call: Call, rendered: str, files: list[File], emit: Emit) -> Usage:
+        """One answer, with as many tries as it takes. Raises what it ends with otherwise."""
+        text = Detokenizer(self._prompter.decode, call.chat.stops)
+        while True:
+            attempt = self._next_attempt(call)
+            cancel: Sequence[Worker] | None = None
+            try:
+                items = await self._encoding.encode(call, attempt, files)
+                prompt = await self._expand(call, attempt, rendered, items)
+                await self._start(call, attempt, prompt, items)
+                usage, cancel = await self._relay(call, attempt, prompt, files, text, emit)
+                return usage
+            except StageFailed as failure:
+                self._retry_or_raise(call, attempt, failure)
+            finally:
+                attempt.close(cancel=cancel)
+
     def _next_attempt(self, call: Call) -> Attempt:
-        call.tries += 1
-        wire_id = call.request_id if call.tries == 1 else f"{call.request_id}-{call.tries}"
+        wire_id = call.next_wire_id()
         self._timelines.share(call.request_id, wire_id)
         first = len(call.tokens)
         return Attempt(wire_id, first, self._membership, self._client, self._inboxes)
@@ -120,9 +124,8 @@ class Pipeline:
         attempt.place_answer(roles(), call.avoided)
         if call.sampling is None:
             workers = list(attempt.answering.values())
-            call.sampling = self._sampling(
-                call.chat, self._max_tokens(call.chat, len(token_ids), workers)
-            )
+            max_tokens = self._max_tokens(call.chat, len(token_ids), workers)
+            call.sampling = call.first_sampling(max_tokens, self._prompter.stop_ids)
         attempt.charge_answer(len(token_ids), call.sampling.max_tokens)
         self._timelines.own(call.request_id, "tokenize", start, note=f"{len(token_ids)} tokens")
         return Prompt(tuple(token_ids), call.sampling, tuple(call.tokens))
@@ -141,18 +144,6 @@ class Pipeline:
                 param="messages",
             )
         return asked or min(DEFAULT_MAX_TOKENS, limit - n_prompt)
-
-    def _sampling(self, chat: ChatRequest, max_tokens: int) -> Sampling:
-        seed = secrets.randbits(SEED_BITS) if chat.seed is None else chat.seed
-        return Sampling(
-            max_tokens=max_tokens,
-            temperature=1.0 if chat.temperature is None else chat.temperature,
-            top_p=1.0 if chat.top_p is None else chat.top_p,
-            top_k=max(0, chat.top_k or 0),
-            seed=seed % (1 << SEED_BITS),
-            stop_ids=() if chat.ignore_eos else self._prompter.stop_ids,
-            logprobs=chat.n_logprobs,
-        )
 
     # ------------------------------------------------------------------ the answer
 
@@ -211,7 +202,7 @@ class Pipeline:
                 attempt.discharge("encoder", "prefill")
                 for file in files:
                     file.data = None  # seldom asked for again, and then fetched again
-            if not call.tokens:
+            if not call.tokens and not call.choice:
                 metrics.first_token_seconds.observe(first_token - call.arrived)
             new, used, finish = "", 0, ""
             for event in events:
@@ -226,7 +217,7 @@ class Pipeline:
                     finish = "stop"
                 if finish:
                     break
-            await emit(Delta(new, tuple(events[:used]), finish))
+            await emit(Delta(new, tuple(events[:used]), finish, call.choice))
             if finish:
                 n_prompt, n_answer = len(prompt.token_ids), len(call.tokens)
                 self._timelines.own(
