@@ -67,7 +67,7 @@ def planned(processor: Processor, part: Part, n_images: int) -> Plan:
 async def test_tokens_and_positions(loaded: Loaded, number: int) -> None:
     parts = conversations()[number]
     chat = parse(json.dumps({"model": "m", "messages": for_openai(parts)}).encode())
-    call = Call("r", chat, 0.0)
+    call = Call("r", chat, 0.0, 60.0)
     rendered = loaded.prompter.render(chat)
     kinds: list[Kind] = loaded.prompter.order(rendered)
     call.arrange(kinds)

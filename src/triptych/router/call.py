@@ -37,6 +37,8 @@ class Call:
     chat: ChatRequest
     arrived: float
     """Wall clock, seconds since the epoch."""
+    timeout_s: float
+    """For all of it, from here on."""
     choice: int = 0
     """Which of the ``n`` answers this is."""
     seed: int = field(init=False)

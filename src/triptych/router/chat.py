@@ -8,6 +8,7 @@ import math
 import secrets as random
 import time
 
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -34,6 +35,8 @@ BODY_S = 60.0
 """A client that takes longer for the next part of its body has gone."""
 SEND_S = 60.0
 """So has one that takes nothing of its answer for this long."""
+TIMEOUT_HEADER = "X-Request-Timeout"
+"""Seconds, as the body's ``timeout``."""
 
 
 class ChatEndpoint:
@@ -82,8 +85,9 @@ class ChatEndpoint:
             chat = await offload(len(body) <= INLINE_NBYTES, parse, body)
             self.check_model(chat.model)
             self._check_choices(chat.n_choices)
+            timeout_s = _timeout_s(scope, chat.timeout, self._config.timeouts.request)
             self._timelines.open(request_id, arrived)
-            await self._answer(Call(request_id, chat, arrived), reply, receive)
+            await self._answer(Call(request_id, chat, arrived, timeout_s), reply, receive)
         except TriptychError as error:
             await reply.error(error)
         finally:
@@ -227,6 +231,20 @@ def error_response(error: TriptychError) -> Response:
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+
+
+def _timeout_s(scope: Scope, asked: float | None, longest: float) -> float:
+    """The shortest of the header's, the body's and the server's own. Raises BadRequest."""
+    given = Headers(scope=scope).get(TIMEOUT_HEADER)
+    if given is None:
+        return min(asked or longest, longest)
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise BadRequest(f"{TIMEOUT_HEADER} = {given[:80]!r} is not a time", param=TIMEOUT_HEADER)
+    return min(seconds, asked or longest, longest)
 
 
 async def _disconnected(receive: Receive) -> None:

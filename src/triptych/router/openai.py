@@ -90,6 +90,8 @@ class ChatRequest(Strict, frozen=True):
     stop: str | Annotated[list[str], Meta(max_length=MAX_STOPS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    timeout: Annotated[float, Meta(gt=0)] | None = None
+    """Not OpenAI's. Seconds after which the request ends by DeadlineExceeded."""
     ignore_eos: bool | None = None
     """Not OpenAI's. The answer goes on after the model's end token (for measurements)."""
     user: str | None = None

@@ -67,7 +67,7 @@ class Pipeline:
         worker is left holding anything for it.
         """
         try:
-            async with asyncio.timeout(self._timeouts.request):
+            async with asyncio.timeout(call.timeout_s):
                 rendered = self._prompter.render(call.chat)
                 call.arrange(self._prompter.order(rendered))
                 files = await self._files.fetch(call)
@@ -77,7 +77,7 @@ class Pipeline:
 
                 return await answer_all(call, files, answer, emit)
         except TimeoutError:
-            raise DeadlineExceeded(f"not finished in {self._timeouts.request:g} s") from None
+            raise DeadlineExceeded(f"not finished in {call.timeout_s:g} s") from None
         except TriptychError as error:
             raise call.located(error) from error
 
