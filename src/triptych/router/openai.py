@@ -33,8 +33,8 @@ class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class ImageURL(Strict, frozen=True):
     url: str
-    detail: Literal["auto", "low", "high"] | None = None
-    """Taken and without effect: the model's own processor decides the resolution."""
+    detail: Literal["auto", "high"] | None = None
+    """Both: what the model's own processor makes of the image. OpenAI's "low" is refused."""
 
 
 class TextPart(Strict, frozen=True, tag_field="type", tag="text"):
