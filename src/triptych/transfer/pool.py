@@ -131,7 +131,7 @@ class Pool:
                 self.serve()
         raise Overloaded(
             f"no room for {sum(sizes)} bytes in a pool of {self.nbytes} within "
-            f"{round(timeout_s, 1):g} s"
+            f"{round(timeout_s, 2):g} s"
         )
 
     def free_all(self, extents: Iterable[Extent]) -> None:
