@@ -16,6 +16,7 @@ import queue
 import statistics
 import tempfile
 import time
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -148,6 +149,15 @@ class Subject:
         gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
         return statistics.median(gaps), statistics.fmean(gaps)
 
+    def replay_s(self, batch: int) -> float | None:
+        """What the device computes of such a step, without the host between steps; None where no
+        step is captured. After ``decode_s``: it computes that load's last step again."""
+        graphs = self.engine._runner.graphs
+        if graphs is None:
+            return None
+        graph = graphs._captured[graphs._sizes[bisect_left(graphs._sizes, batch)]].graph
+        return median_s(graph.replay)
+
 
 def make_model(config: Config, folder: Path) -> ModelConfig:
     """Its dtype: bfloat16 on a GPU, float32 on a CPU."""
@@ -210,6 +220,8 @@ def on_gpu(config: Config, model: LanguageModel, subject: Subject, figures: Figu
         least = read_s + batch * (config.context or 2048) * kv_token / copied / 1e9
         figures.add(f"decode step of {batch}", 1000 * median, "ms", f"mean {1000 * mean:.2f}")
         figures.add(f"decode step of {batch} / reading weights and KV", median / least, "x")
+        if (alone := subject.replay_s(batch)) is not None:
+            figures.add(f"decode step of {batch}, its captured kernels alone", 1000 * alone, "ms")
 
 
 @torch.inference_mode()
