@@ -186,7 +186,7 @@ class EncoderConfig:
     queue_patches: int = 1_000_000
     """Most vision patches waiting; more are refused with 429."""
     media_threads: int = 2
-    """Threads that decode and preprocess images and videos."""
+    """Threads that decode images and videos; as many preprocess, unless a GPU does."""
     threads: int = 0
     """CPU threads of the model's operations; 0: torch's default."""
 

@@ -25,7 +25,7 @@ from tests.end_to_end.encoder_bench import (
 from triptych import wire
 from triptych.config import ModelConfig
 from triptych.demo.tiny import FAMILIES, make_tiny_model
-from triptych.encoder import runner
+from triptych.encoder import preparation
 from triptych.encoder.runner import self_check
 from triptych.errors import UnsupportedModel
 from triptych.media.image import ImageHeader
@@ -109,13 +109,13 @@ async def test_the_answer_does_not_wait_for_decoding_or_the_forward(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_decode = threading.Event()
-    decode = runner.decode
+    decode = preparation.decode
 
     def slow(*args: Any) -> Any:
         assert may_decode.wait(WAIT_S)
         return decode(*args)
 
-    monkeypatch.setattr(runner, "decode", slow)
+    monkeypatch.setattr(preparation, "decode", slow)
     async with bench(folder) as subject:
         (answer,) = await subject.encode(request("r1", [png(picture(1))]))
         assert answer.meta is not None and answer.ref is not None
@@ -133,10 +133,11 @@ async def test_spans_tell_where_the_time_went(folder: Path) -> None:
         for index in (0, 1):
             spans = [span for span in subject.spans["r1"] if span.item == index]
             names = [span.name for span in spans]
-            assert names == ["queue", "decode", "preprocess", "queue", "encode", "ready"]
+            steps = ["decode", "queue", "preprocess", "queue", "encode", "ready"]
+            assert names == ["queue", *steps]
             times = [moment for span in spans for moment in (span.start, span.end)]
             assert times == sorted(times) and before <= times[0] <= times[-1] <= time.time()
-            assert "batch of" in spans[4].note and spans[5].nbytes > 0
+            assert "batch of" in spans[5].note and spans[6].nbytes > 0
 
 
 # ------------------------------------------------------------------ sharing

@@ -131,24 +131,6 @@ async def test_overload_and_aborts_through_the_router(folder: Path) -> None:
 # ------------------------------------------------------------------ order
 
 
-async def test_the_first_image_is_encoded_while_others_decode(folder: Path) -> None:
-    async with bench(folder, media_threads=1) as subject:
-        subject.gate.open.clear()
-        answers = await subject.encode(request("r1", [png(picture(seed)) for seed in range(4)]))
-        await until(subject.gate.entered.is_set)  # the forward of the first
-        assert subject.gate.batches == [1]
-        states = list(subject.service._embeddings.values())
-        assert states[0].prepared is not None
-        subject.gate.open.set()
-        for answer in answers:
-            assert answer.ref is not None
-            await subject.consumer.read(subject.consumer.claim(answer.ref, "r1"))
-        first, *_, last = sorted(
-            (span for span in subject.spans["r1"] if span.name == "encode"), key=lambda s: s.end
-        )
-        assert first.start < last.start
-
-
 async def test_a_short_request_waits_for_one_forward_of_others(folder: Path) -> None:
     """Four requests of 16 images wait; one of one image comes, with a forward running."""
     async with bench(folder, batch_patches=24 * 4, pool_mib=4, queue_patches=10_000) as subject:

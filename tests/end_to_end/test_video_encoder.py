@@ -17,7 +17,7 @@ from tests.transformers_video import full_processor
 from tests.videos import sound
 from triptych import wire
 from triptych.demo.tiny import FAMILIES, make_tiny_model
-from triptych.encoder import runner
+from triptych.encoder import preparation
 from triptych.encoder.runner import self_check
 from triptych.errors import UnsupportedModel
 from triptych.media import video
@@ -120,13 +120,13 @@ async def test_the_answer_waits_for_the_header_and_not_for_the_frames(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_decode = threading.Event()
-    decode = runner.decode_video
+    decode = preparation.decode_video
 
     def slow(*arguments: Any) -> Any:
         assert may_decode.wait(WAIT_S)
         return decode(*arguments)
 
-    monkeypatch.setattr(runner, "decode_video", slow)
+    monkeypatch.setattr(preparation, "decode_video", slow)
     async with bench(folder) as subject:
         (answer,) = await subject.encode(request("r1", [clip(0)], kind="video"))
         assert answer.meta is not None and answer.ref is not None

@@ -7,7 +7,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from triptych import wire
-from triptych.encoder.runner import BatchResult, Job, Prepared, RawImage, RawVideo
+from triptych.encoder.preparation import Prepared, RawImage, RawVideo
+from triptych.encoder.runner import BatchResult, Job
 from triptych.errors import TriptychError
 from triptych.request import ItemMeta, Span
 from triptych.transfer.pool import Extent
@@ -34,7 +35,7 @@ class Embedding:
     """Full; lent from the pool from now on."""
     failed: bool = False
     raw: RawImage | RawVideo | None = None
-    """Until a media thread has it."""
+    """Until it is being prepared."""
     preparing: Future[Prepared] | None = None
     prepared: Prepared | None = None
     """Until it is encoded."""
@@ -67,10 +68,11 @@ class Embedding:
         prepared = self.prepared
         assert prepared is not None, "an embedding was prepared before it was encoded"
         steps = (
-            ("queue", self.arrived, prepared.began, 0, "for a media thread"),
+            ("queue", self.arrived, prepared.began, 0, "to be decoded"),
             ("decode", prepared.began, prepared.decoded, 0, ""),
-            ("preprocess", prepared.decoded, prepared.preprocessed, 0, ""),
-            ("queue", prepared.preprocessed, result.began, 0, "for the engine"),
+            ("queue", prepared.decoded, prepared.preprocessing, 0, "preprocessed"),
+            ("preprocess", prepared.preprocessing, prepared.preprocessed, 0, ""),
+            ("queue", prepared.preprocessed, result.began, 0, "encoded"),
             ("encode", result.began, result.encoded, 0, f"batch of {len(result.slots)}"),
             ("ready", result.encoded, time.time(), self.meta.nbytes, ""),
         )

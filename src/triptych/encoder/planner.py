@@ -14,7 +14,7 @@ from triptych.config import MediaLimits
 from triptych.encoder import counts
 from triptych.encoder.cache import EmbeddingCache
 from triptych.encoder.embedding import Draft
-from triptych.encoder.runner import RawImage, RawVideo
+from triptych.encoder.preparation import RawImage, RawVideo
 from triptych.errors import ClientError, PromptTooLong
 from triptych.media import image, video
 from triptych.media.clips import VideoPlan

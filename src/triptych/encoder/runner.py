@@ -1,19 +1,16 @@
-"""The encoder's two kinds of work off the event loop: preparing an image, and the forward.
+"""The forward: on the one engine thread, which alone touches the model.
 
-Preparation (checking the hash, decoding, the image processor) runs on a pool of media threads.
-The forward runs on the one engine thread, which alone touches the model; its output is copied
-once, into the slot that was set aside for it when the request came.
+Its output is copied once, into the slot that was set aside for it when the request came.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,98 +19,15 @@ from PIL import Image
 from torch import Tensor
 
 from triptych.config import MediaLimits
-from triptych.errors import BadMedia, TriptychError, UnsupportedModel
-from triptych.media.clips import VideoPlan
-from triptych.media.image import ImageHeader, decode
+from triptych.errors import TriptychError, UnsupportedModel
+from triptych.media.image import ImageHeader
 from triptych.media.processor import Processor
 from triptych.media.video import VideoHeader
-from triptych.media.video import decode as decode_video
 from triptych.models.stream import Stream, drain
 from triptych.models.vision import Item, VisionModel
 from triptych.transfer.region import BaseRegion
 
 logger = logging.getLogger(__name__)
-
-
-# ------------------------------------------------------------------ media threads
-
-
-@dataclass(frozen=True)
-class RawImage:
-    """An image as it came, and what was promised of it."""
-
-    data: bytes
-    digest: str
-    """SHA-256 that ``data`` should have (hex)."""
-    header: ImageHeader
-    images_in_request: int
-
-
-@dataclass(frozen=True)
-class RawVideo:
-    """A video as it came, and what was promised of it."""
-
-    data: bytes
-    digest: str
-    header: VideoHeader
-    plan: VideoPlan
-
-
-@dataclass(frozen=True)
-class Prepared:
-    inputs: dict[str, Tensor]
-    """The model's vision inputs of this item."""
-    began: float
-    decoded: float
-    preprocessed: float
-    """Wall-clock seconds at the end of each step; a video's frames are preprocessed one by one as
-    they are decoded, which counts as decoding."""
-
-
-def prepare(
-    item: RawImage | RawVideo, processor: Processor, limits: MediaLimits, model: VisionModel
-) -> Prepared:
-    """Check, decode, preprocess, and lay ready for the model. Raises BadMedia."""
-    began = time.time()
-    if hashlib.sha256(item.data).hexdigest() != item.digest:
-        raise BadMedia("the bytes do not have the hash that they were sent with")
-    if isinstance(item, RawVideo):
-        # Frame by frame: only what the model sees of one stays in memory.
-        frames = decode_video(item.data, item.header, item.plan.indices, limits)
-        inputs = processor.preprocess_video(frames, item.plan)
-        decoded = time.time()
-    else:
-        pixels = _pixels(item, limits)
-        decoded = time.time()
-        inputs = processor.preprocess(pixels, item.images_in_request)
-    return Prepared(model.stage(inputs), began, decoded, time.time())
-
-
-def _pixels(image: RawImage, limits: MediaLimits) -> Image.Image:
-    pixels = decode(image.data, limits)
-    promised = (image.header.width, image.header.height)
-    if pixels.size != promised:
-        raise BadMedia(f"the image's header says {promised}, its pixels are {pixels.size}")
-    return pixels
-
-
-def media_threads(count: int, device: torch.device) -> ThreadPoolExecutor:
-    """Threads for ``prepare``."""
-    # Each works on an image of its own: beside a GPU their tensor operations start no threads
-    # besides. On a CPU the limit would reach the model's own threads as well.
-    limit = (torch.set_num_threads, (1,)) if device.type != "cpu" else (None, ())
-    return ThreadPoolExecutor(count, "encoder-media", *limit)
-
-
-def preparation_error(cause: BaseException) -> TriptychError:
-    """Why ``prepare`` failed, as an error of the tree."""
-    if isinstance(cause, TriptychError):
-        return cause
-    logger.error("preparing an item failed", exc_info=cause)
-    return TriptychError(f"it cannot be prepared ({type(cause).__name__})")
-
-
-# ------------------------------------------------------------------ engine thread
 
 
 @dataclass(frozen=True)

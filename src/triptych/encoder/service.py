@@ -2,7 +2,7 @@
 
 ``encode`` answers as soon as the header is read and a slot is set aside: nothing there decodes,
 hashes or computes. What follows is told by the methods in their order: ``_start`` queues the
-image, ``_pump`` hands it to a media thread and then, batched, to the engine thread, ``_finish``
+image, ``_pump`` has it prepared and then, batched, gives it to the engine thread, ``_finish``
 makes the slot readable. Images that are already in the pool, or on their way into it, are lent
 again.
 """
@@ -23,15 +23,8 @@ from triptych.encoder.admission import Admission
 from triptych.encoder.cache import EmbeddingCache
 from triptych.encoder.embedding import Draft, Embedding
 from triptych.encoder.planner import Asked, Planner
-from triptych.encoder.runner import (
-    BatchResult,
-    Prepared,
-    Runner,
-    media_threads,
-    preparation_error,
-    prepare,
-    warm_up_batches,
-)
+from triptych.encoder.preparation import Prepared, Preparer, preparation_error
+from triptych.encoder.runner import BatchResult, Runner, warm_up_batches
 from triptych.encoder.scheduler import EncodeScheduler
 from triptych.media.processor import Processor
 from triptych.models.vision import VisionModel
@@ -64,9 +57,7 @@ class EncoderService:
         spans: Callable[[str, Sequence[Span]], None],
     ) -> None:
         """``producer(on_idle)`` makes the producer; ``report`` and ``spans`` tell the router."""
-        self._limits = config.limits
         self._timeouts = config.timeouts
-        self._processor = processor
         self._model = model
         self._report = report
         self._spans = spans
@@ -83,14 +74,14 @@ class EncoderService:
         self._planner = Planner(identity, processor, model, config.limits, self.pool.nbytes)
         self._admission = Admission(self.pool)
         self.cache = EmbeddingCache()
+        self._preparer = Preparer(processor, config.limits, model, config.media_threads)
         self._scheduler = EncodeScheduler(
             batch_patches=config.batch_patches,
             queue_patches=config.queue_patches,
             queue_nbytes=QUEUE_NBYTES,
-            preparers=config.media_threads,
+            preparers=self._preparer.at_once,
         )
         counts.export_queue(self._scheduler)
-        self._media = media_threads(config.media_threads, model.device)
         self._warm_up_batches = partial(warm_up_batches, model, processor, config.batch_patches)
         self._runner = Runner(model, region, self._from_runner, config.threads)
         self._running = False
@@ -106,13 +97,13 @@ class EncoderService:
         await asyncio.wrap_future(self._runner.start(warm_up))
 
     async def stop(self) -> None:
-        """Ends both kinds of threads; what they still work on is dropped."""
+        """Ends all threads; what they still work on is dropped."""
         self._stopping = True
         self._admission.close()
         self.producer.close()
         await asyncio.to_thread(self._runner.close, self._timeouts.drain)
-        decoding = asyncio.create_task(asyncio.to_thread(self._media.shutdown, cancel_futures=True))
-        await asyncio.wait({decoding}, timeout=self._timeouts.drain)
+        preparing = asyncio.create_task(asyncio.to_thread(self._preparer.close))
+        await asyncio.wait({preparing}, timeout=self._timeouts.drain)
 
     # ------------------------------------------------------------------ the router's calls
 
@@ -223,7 +214,7 @@ class EncoderService:
             embedding = self._embeddings[slot]
             raw, embedding.raw = embedding.raw, None
             assert raw is not None, "an item is prepared once"
-            future = self._media.submit(prepare, raw, self._processor, self._limits, self._model)
+            future = self._preparer.submit(raw)
             future.add_done_callback(partial(self._from_media, slot))
             embedding.preparing = future
         if not self._running and (batch := self._scheduler.next_batch()):
@@ -231,7 +222,7 @@ class EncoderService:
             self._runner.submit([self._embeddings[slot].job() for slot in batch])
 
     def _from_media(self, slot: int, future: Future[Prepared]) -> None:
-        """On a media thread."""
+        """On a thread that prepares, or that cancels."""
         if not future.cancelled():
             self._call(self._on_prepared, slot, future)
 

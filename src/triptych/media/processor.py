@@ -102,6 +102,11 @@ class Processor:
             )
 
     @property
+    def on_gpu(self) -> bool:
+        """Are images preprocessed on a GPU?"""
+        return self._device.type == "cuda"
+
+    @property
     def _tiles_always(self) -> bool:
         # The processor class of InternVL asks its image processor for tiles, whatever the
         # image processor's own settings say.
@@ -136,7 +141,7 @@ class Processor:
             # The processor looks at how many images it is given; a second one makes it several.
             images = [image, Image.new("RGB", (1, 1))]
         options = dict(self._options)
-        if self._device.type == "cuda":
+        if self.on_gpu:
             options["device"] = self._device
         try:
             with self._stream.entered():
