@@ -1,7 +1,6 @@
 """Prometheus metrics of a process, all of them at module level. Prefix ``triptych_``.
 
-Every role serves them at ``/metrics``, with the process's own memory and CPU time, which the
-client library adds.
+Every role serves them at ``/metrics``, with the process's own memory and CPU time.
 """
 
 from __future__ import annotations
@@ -11,9 +10,21 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Protocol
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, Metric
+from prometheus_client import (
+    REGISTRY,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    disable_created_metrics,
+)
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
+
+from triptych.observe.process import export_process
+
+# A time for each series, which the process's start says as well.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -109,6 +120,7 @@ class _Pools(Collector):
 
 _pools = _Pools()
 REGISTRY.register(_pools)
+export_process()
 
 
 def export_usage(name: str, pool: HasUsage) -> None:

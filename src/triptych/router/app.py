@@ -9,7 +9,6 @@ import os
 import secrets as random
 from contextlib import suppress
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -19,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from triptych import wire
 from triptych.config import RouterConfig, Secrets
 from triptych.errors import Unauthorized, UnknownModel
+from triptych.observe import exposition
 from triptych.router.chat import ChatEndpoint, error_response
 from triptych.router.inbox import Inboxes
 from triptych.router.membership import Membership
@@ -146,7 +146,7 @@ class Router:
         return JSONResponse(body, status_code=503 if missing else 200)
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+        return Response(exposition.render(), media_type=exposition.CONTENT_TYPE)
 
 
 class _Guarded:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 import msgspec
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -24,6 +23,7 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from triptych import __version__, wire
 from triptych.config import NetworkConfig, Secrets, Timeouts
 from triptych.errors import PeerRefused, WorkerLost
+from triptych.observe import exposition
 from triptych.observe.metrics import record_span
 from triptych.refs import KVLayout
 from triptych.request import Span
@@ -302,4 +302,4 @@ class Stage:
         return JSONResponse(body, status_code=200 if registered else 503)
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+        return Response(exposition.render(), media_type=exposition.CONTENT_TYPE)
