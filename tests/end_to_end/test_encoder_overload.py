@@ -18,6 +18,7 @@ from tests.end_to_end.test_encoder_server import worker
 from triptych import wire
 from triptych.demo.tiny import make_tiny_model
 from triptych.encoder.service import EncoderService
+from triptych.errors import Overloaded
 from triptych.stage import Stage
 
 
@@ -54,6 +55,66 @@ async def test_encode_answers_429_with_retry_after(folder: Path) -> None:
             assert (answer.status, answer.headers["retry-after"]) == (429, "1")
             problem = wire.decode(await answer.read(), wire.Problem)
             assert problem.error == "Overloaded" and problem.retry_after_s == 1.0
+        gate.open.set()
+
+
+async def test_retry_after_follows_from_the_pace_of_forwards(folder: Path) -> None:
+    async with bench(folder, queue_patches=48, pool_mib=2) as subject:
+        subject.gate.open.clear()
+        for name in ("r0", "r1"):  # the second is there when the first ends: time counts from then
+            await subject.encode(request(name, [png(picture(int(name[1])))]))
+        await until(subject.gate.entered.is_set)
+        await asyncio.sleep(0.25)
+        subject.gate.open.set()
+        await until(lambda: all(e.cached for e in subject.service._embeddings.values()))
+        pace = subject.service._scheduler._pace
+        assert pace > 24 / 20
+        subject.gate.entered.clear()
+        subject.gate.open.clear()
+        await subject.encode(request("r2", [png(picture(2))]))
+        await until(subject.gate.entered.is_set)
+        await subject.encode(request("r3", [png(picture(3)), png(picture(4))]))
+        subject.service._scheduler._pace = 24 / 2.5
+        with pytest.raises(Overloaded) as refused:
+            await subject.encode(request("r4", [png(picture(5))]))
+        assert refused.value.retry_after_s == pytest.approx(2.5)
+        for name in ("r0", "r1", "r2", "r3"):
+            subject.service.cancel(name)
+
+
+async def test_a_burst_is_answered_to_the_last_request(folder: Path) -> None:
+    """200 requests at once at a queue for ten: each is encoded or refused, none is lost."""
+    async with bench(folder, queue_patches=240, pool_mib=8) as subject:
+
+        async def ask(n: int) -> str:
+            name = f"r{n}"
+            try:
+                (answer,) = await subject.encode(request(name, [png(picture(n))]))
+            except Overloaded as error:
+                assert error.retry_after_s >= 1.0
+                return "refused"
+            assert answer.ref is not None
+            await subject.consumer.read(subject.consumer.claim(answer.ref, name))
+            return "encoded"
+
+        async with asyncio.timeout(6 * WAIT_S):
+            ends = await asyncio.gather(*(ask(n) for n in range(200)))
+        assert len(ends) == 200 and ends.count("encoded") >= 10
+        assert sum(subject.gate.batches) == ends.count("encoded")
+
+
+async def test_health_and_metrics_answer_while_a_forward_runs(folder: Path) -> None:
+    async with worker(folder) as router:
+        _, gate = held(router.stage, 1000)
+        await router.encode(request("r0", [png(picture(seed)) for seed in range(3)]))
+        await until(gate.entered.is_set)
+        for path in ("/health", "/metrics", "/ready"):
+            async with (
+                asyncio.timeout(WAIT_S / 2),
+                router.client.get(f"{router.stage.url}{path}") as answer,
+            ):
+                assert answer.status == 200 and await answer.read()
+        assert gate.batches == [1] and not gate.open.is_set()
         gate.open.set()
 
 

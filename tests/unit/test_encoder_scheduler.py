@@ -178,6 +178,26 @@ def test_the_queue_is_bounded_in_patches_and_bytes() -> None:
     subject.check_room(100, 50)  # what runs does not wait
 
 
+def refusal(subject: EncodeScheduler, patches: int, nbytes: int) -> float:
+    with pytest.raises(Overloaded) as refused:
+        subject.check_room(patches, nbytes)
+    return refused.value.retry_after_s
+
+
+def test_who_is_refused_is_told_when_there_will_be_room() -> None:
+    subject = scheduler(queue_patches=1000, queue_nbytes=100)
+    subject.add(1, 1000, 100, 1000)
+    assert refusal(subject, 500, 0) == 1.0  # nothing has been measured yet
+    subject.encoded(100, 1.0)
+    assert refusal(subject, 500, 0) == pytest.approx(5.0)
+    assert refusal(subject, 0, 20) == pytest.approx(2.0)  # a fifth of the files
+    assert refusal(subject, 1, 0) == 1.0
+    assert refusal(subject, 100_000, 0) == 60.0
+    for _ in range(50):
+        subject.encoded(400, 1.0)
+    assert refusal(subject, 1000, 0) == pytest.approx(2.5, rel=0.01)
+
+
 def test_a_phase_cannot_be_skipped() -> None:
     subject = scheduler()
     subject.add(1, 1, 1, 1)

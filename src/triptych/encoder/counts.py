@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from triptych.encoder.embedding import Embedding
 from triptych.encoder.runner import BatchResult
 from triptych.encoder.scheduler import EncodeScheduler
 from triptych.errors import ClientError, Overloaded, TriptychError
@@ -26,9 +25,9 @@ def export_queue(scheduler: EncodeScheduler) -> None:
         serve(unit, index)
 
 
-def batch_ended(result: BatchResult, embeddings: Iterable[Embedding]) -> None:
+def batch_ended(result: BatchResult, patches: int) -> None:
     metrics.encoder_batch_images.observe(len(result.slots))
-    metrics.encoder_batch_patches.observe(sum(each.patches for each in embeddings))
+    metrics.encoder_batch_patches.observe(patches)
     metrics.encoder_forward_seconds.observe(result.encoded - result.began)
 
 

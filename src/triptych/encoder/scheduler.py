@@ -20,6 +20,11 @@ AHEAD_BATCHES = 3
 URGENT_BATCHES = 2
 """Batches more, for images that would be in the next forward."""
 
+RETRY_AFTER_S = (1.0, 60.0)
+"""Shortest and longest time that a refused request is told to stay away."""
+PACE_MEMORY = 0.8
+"""Share of the pace so far in the pace that a forward leaves behind."""
+
 
 class Phase(Enum):
     WAITING = auto()
@@ -74,6 +79,8 @@ class EncodeScheduler:
         self._in_phase: dict[Phase, dict[int, _Work]] = {phase: {} for phase in Phase}
         self._queued_patches = 0
         self._queued_nbytes = 0
+        self._pace = 0.0
+        """Patches a second; 0 before the first forward."""
 
     @property
     def queued(self) -> tuple[int, int, int]:
@@ -85,10 +92,32 @@ class EncodeScheduler:
         """Raises Overloaded unless so much more may wait. An empty queue takes anything."""
         if len(self._in_phase[Phase.RUNNING]) == len(self._work):
             return
-        if self._queued_patches + patches > self._queue_patches:
-            raise Overloaded(f"more than {self._queue_patches} vision patches wait to be encoded")
-        if self._queued_nbytes + nbytes > self._queue_nbytes:
-            raise Overloaded(f"more than {self._queue_nbytes} bytes of files wait to be encoded")
+        excess = self._queued_patches + patches - self._queue_patches
+        if excess > 0:
+            raise Overloaded(
+                f"more than {self._queue_patches} vision patches wait to be encoded",
+                retry_after_s=self._seconds(excess),
+            )
+        excess_nbytes = self._queued_nbytes + nbytes - self._queue_nbytes
+        if excess_nbytes > 0:
+            share = excess_nbytes / max(1, self._queued_nbytes)
+            raise Overloaded(
+                f"more than {self._queue_nbytes} bytes of files wait to be encoded",
+                retry_after_s=self._seconds(share * self._queued_patches),
+            )
+
+    def encoded(self, patches: int, seconds: float) -> None:
+        """So many patches took so long, with what was waited for."""
+        pace = patches / max(seconds, 1e-6)
+        memory = PACE_MEMORY if self._pace else 0.0
+        self._pace = memory * self._pace + (1 - memory) * pace
+
+    def _seconds(self, patches: float) -> float:
+        """Until so many patches of the queue are encoded, as it went so far."""
+        shortest, longest = RETRY_AFTER_S
+        if not self._pace:
+            return shortest
+        return min(longest, max(shortest, patches / self._pace))
 
     def add(self, number: int, patches: int, nbytes: int, request_patches: int) -> None:
         """``request_patches``: of all images that came with this one."""

@@ -85,6 +85,8 @@ class EncoderService:
         self._warm_up_batches = partial(warm_up_batches, model, processor, config.batch_patches)
         self._runner = Runner(model, region, self._from_runner, config.threads)
         self._running = False
+        self._busy_since: float | None = None
+        """Wall-clock seconds of the last forward's end, if work waited then."""
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._embeddings: dict[int, Embedding] = {}
@@ -250,7 +252,10 @@ class EncoderService:
 
     def _on_batch(self, result: BatchResult) -> None:
         self._running = False
-        counts.batch_ended(result, (self._embeddings[slot] for slot in result.slots))
+        patches = sum(self._embeddings[slot].patches for slot in result.slots)
+        counts.batch_ended(result, patches)
+        self._scheduler.encoded(patches, result.copied - (self._busy_since or result.began))
+        self._busy_since = result.copied if self._scheduler.queued[0] else None
         for slot in result.slots:
             self._scheduler.done(slot)
             embedding = self._embeddings[slot]
