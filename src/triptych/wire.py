@@ -15,7 +15,6 @@ Nothing here is pickled and no field is free-form.
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -69,6 +68,10 @@ class Capacity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_blocks: int = 0
     block_size: int = 0
     max_model_len: int = 0
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.kv_blocks * self.block_size
 
 
 class TransportOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,17 +131,6 @@ class Welcome(Message, frozen=True, tag="welcome"):
 
 class Refused(Message, frozen=True, tag="refused"):
     reason: str
-
-
-def proof(secret: bytes, side: str, nonces: tuple[str, str], payload: str) -> str:
-    """HMAC-SHA256 over who speaks, the listener's and the dialler's nonce, and what is claimed."""
-    text = "|".join((side, *nonces, payload))
-    return hmac.new(secret, text.encode(), "sha256").hexdigest()
-
-
-def session_token(secret: bytes, nonces: tuple[str, str]) -> str:
-    """What HTTP requests that belong to a channel's session must carry."""
-    return proof(secret, "token", nonces, "")
 
 
 # ------------------------------------------------------------------ on every channel

@@ -47,6 +47,8 @@ class StubWorker:
     pause_s: float = 0.0
     """Between two tokens."""
     known: set[str] = field(default_factory=set)
+    cached: bool = False
+    """It says so of every image."""
     refuse: dict[str, TriptychError] = field(default_factory=dict)
     """Path → what it answers instead."""
     on_encode: Callable[[StubWorker, wire.EncodeRequest], None] | None = None
@@ -174,7 +176,7 @@ class StubWorker:
             dtype=meta.dtype,
             shape=meta.shape,
         )
-        return wire.EncodedItem(index=item.index, meta=meta, ref=ref)
+        return wire.EncodedItem(index=item.index, cached=self.cached, meta=meta, ref=ref)
 
     def _generate(self, message: wire.PrefillRequest) -> wire.Message:
         self._send_soon(message.request_id, message.sampling, len(message.resumed))

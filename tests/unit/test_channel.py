@@ -21,7 +21,7 @@ from triptych.config import Timeouts
 from triptych.errors import PeerRefused, PeerUnproven, WorkerLost
 from triptych.transfer import channel as channels
 from triptych.transfer.channel import Channel, Sessions
-from triptych.transfer.handshake import channel_address, dial
+from triptych.transfer.handshake import channel_address, dial, proof_of
 
 LONG = 5.0
 
@@ -213,7 +213,7 @@ async def test_the_proof_covers_what_the_hello_claims(field: str) -> None:
         challenge = wire.decode(await socket.receive_bytes(), wire.Challenge)
         nonces = (challenge.nonce, "a" * 32)
         signed = msgspec.structs.replace(hello(), nonce="a" * 32)
-        proof = wire.proof(SECRET, "dial", nonces, wire.encode(signed).hex())
+        proof = proof_of(SECRET, "dial", nonces, wire.encode(signed).hex())
         sent = msgspec.structs.replace(signed, proof=proof, **{field: "evil"})
         await socket.send_bytes(wire.encode(sent))
         answer = wire.decode_channel(await socket.receive_bytes())

@@ -21,7 +21,7 @@ from triptych.errors import PeerRefused
 from triptych.refs import KVLayout, KVRef, kv_mismatch
 from triptych.stage import Stage
 from triptych.transfer.channel import Channel, Sessions
-from triptych.transfer.handshake import Listener, dial
+from triptych.transfer.handshake import Listener, dial, proof_of
 
 LAYOUT = KVLayout(
     order="block,layer,kv,token,head,dim",
@@ -91,7 +91,7 @@ async def test_the_consumer_looks_for_itself(change: dict[str, object]) -> None:
         who = wire.decode(await websocket.receive_bytes(), wire.Hello)
         welcome = wire.Welcome("s", "prefill", "prefill-7", "p", "", (), theirs)
         nonces = (challenge.nonce, who.nonce)
-        proof = wire.proof(SECRET, "listen", nonces, wire.encode(welcome).hex())
+        proof = proof_of(SECRET, "listen", nonces, wire.encode(welcome).hex())
         await websocket.send_bytes(wire.encode(msgspec.structs.replace(welcome, proof=proof)))
         assert (await websocket.receive())["type"] == "websocket.disconnect"
         left.set()
@@ -127,7 +127,7 @@ async def test_the_proof_covers_the_layout() -> None:
     ):
         challenge = wire.decode(await socket.receive_bytes(), wire.Challenge)
         signed = msgspec.structs.replace(decode(changed({"layers": 3})), nonce="a" * 32)
-        proof = wire.proof(SECRET, "dial", (challenge.nonce, "a" * 32), wire.encode(signed).hex())
+        proof = proof_of(SECRET, "dial", (challenge.nonce, "a" * 32), wire.encode(signed).hex())
         sent = msgspec.structs.replace(signed, proof=proof, kv=LAYOUT)
         await socket.send_bytes(wire.encode(sent))
         answer = wire.decode_channel(await socket.receive_bytes())

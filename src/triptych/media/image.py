@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from triptych.config import MediaLimits
 from triptych.errors import BadMedia
+from triptych.media.size import webp_size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 TRANSPOSITIONS = {
@@ -111,21 +112,9 @@ def _check_size(width: int, height: int, limits: MediaLimits) -> None:
 
 
 def _check_webp(data: bytes, limits: MediaLimits) -> None:
-    """Refuse a WebP whose canvas is too large. The three chunk layouts: RFC 9649, section 2."""
-    if len(data) < 30 or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
-        return
-    kind = data[12:16]
-    if kind == b"VP8X":
-        width = 1 + int.from_bytes(data[24:27], "little")
-        height = 1 + int.from_bytes(data[27:30], "little")
-    elif kind == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    else:
-        width = int.from_bytes(data[26:28], "little") & 0x3FFF
-        height = int.from_bytes(data[28:30], "little") & 0x3FFF
-    if kind in (b"VP8X", b"VP8L", b"VP8 "):
-        _check_size(width, height, limits)
+    """Refuse a WebP whose canvas is too large."""
+    if (size := webp_size(data)) is not None:
+        _check_size(*size, limits)
 
 
 def _orientation(image: Image.Image) -> int:

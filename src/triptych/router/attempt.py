@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from triptych import wire
 from triptych.errors import PeerUnproven, TransferFailed, TriptychError, WorkerLost
+from triptych.router.call import Prompt
 from triptych.router.client import WorkerClient
 from triptych.router.inbox import Inboxes, StageFailed
 from triptych.router.membership import Membership, Worker
-from triptych.router.placement import least_loaded, prefer, spread_items
+from triptych.router.placement import Item, place_decode, place_prompt, prefer, spread_items
 
 M = TypeVar("M", bound=wire.Message)
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Charge:
+    """Work that counts as outstanding at a worker."""
+
+    worker: Worker
+    amount: int
+    item: int = -1
+    """Which of the request's it is for, at an encoder."""
 
 
 class Attempt:
@@ -38,44 +50,61 @@ class Attempt:
         self._membership = membership
         self._client = client
         self._inboxes = inboxes
-        self._charges: list[tuple[Worker, int]] = []
+        self._charges: list[_Charge] = []
         self._holders: set[Worker] = set()
         """Workers that may hold something for this attempt."""
 
     # ------------------------------------------------------------------ placing
 
-    def place_items(self, digests: Sequence[str], avoided: set[str]) -> None:
+    def place_items(self, items: Sequence[Item], avoided: set[str]) -> None:
         """Choose ``encoders``; at least one encoder must be known."""
-        known = {worker.worker_id: worker for worker in self._membership.workers("encoder")}
-        allowed = prefer(list(known), avoided)
-        placed = spread_items(digests, [known[worker_id].candidate for worker_id in allowed])
+        known = self._allowed("encoder", avoided)
+        placed = spread_items(items, [worker.candidate for worker in known.values()])
         self.encoders = [known[worker_id] for worker_id in placed]
-        for worker in self.encoders:
-            self._charge(worker, 1)
+        for index, (worker, item) in enumerate(zip(self.encoders, items, strict=True)):
+            self._charge(worker, item.patches, index)
+            worker.recent.add([item.digest])
 
-    def place_answer(self, roles: Iterable[str], avoided: set[str]) -> None:
-        """Choose ``answering``; every role must have a worker."""
+    def found_cached(self, indices: Iterable[int]) -> None:
+        """These items need no forward."""
+        found = set(indices)
+        self._discharge(lambda charge: charge.item in found)
+
+    def place_prompt(self, roles: Iterable[str], prompt: Prompt, avoided: set[str]) -> None:
+        """Choose ``answering``; every role must have a worker. Counts what each will be busy
+        with."""
+        n_prompt, n_all = prompt.n_tokens, prompt.n_tokens + prompt.n_left
         for role in roles:
-            known = {worker.worker_id: worker for worker in self._membership.workers(role)}
-            allowed = prefer(list(known), avoided)
-            chosen = least_loaded([known[worker_id].candidate for worker_id in allowed])
-            self.answering[role] = known[chosen]
+            known = self._allowed(role, avoided, n_all)
+            candidates = [worker.candidate for worker in known.values()]
+            n_kept = n_prompt if role == "prefill" else n_all
+            if role == "decode":
+                worker = known[place_decode(candidates)]
+            else:
+                worker = known[place_prompt(n_prompt, n_kept, prompt.prefixes, candidates)]
+                worker.recent.add(reversed(prompt.prefixes))  # the longest is the first to go
+            self.answering[role] = worker
+            self._charge(worker, n_kept)
 
-    def charge_answer(self, n_prompt: int, n_answer: int) -> None:
-        """Count the tokens that each answering worker will be busy with."""
-        for role, worker in self.answering.items():
-            self._charge(worker, n_prompt if role == "prefill" else n_prompt + n_answer)
+    def _allowed(self, role: str, avoided: set[str], n_tokens: int = 0) -> dict[str, Worker]:
+        """Workers that did not fail the request and take so many tokens, if there are any."""
+        workers = self._membership.workers(role)
+        fitting = [w for w in workers if not 0 < w.capacity.max_model_len < n_tokens]
+        known = {worker.worker_id: worker for worker in fitting or workers}
+        return {worker_id: known[worker_id] for worker_id in prefer(list(known), avoided)}
 
-    def _charge(self, worker: Worker, amount: int) -> None:
+    def _charge(self, worker: Worker, amount: int, item: int = -1) -> None:
         worker.load += amount
-        self._charges.append((worker, amount))
+        self._charges.append(_Charge(worker, amount, item))
 
     def discharge(self, *roles: str) -> None:
         """These roles have done their work for this attempt."""
-        done = [charge for charge in self._charges if charge[0].role in roles]
-        self._charges = [charge for charge in self._charges if charge[0].role not in roles]
-        for worker, amount in done:
-            worker.load -= amount
+        self._discharge(lambda charge: charge.worker.role in roles)
+
+    def _discharge(self, done: Callable[[_Charge], bool]) -> None:
+        for charge in filter(done, self._charges):
+            charge.worker.load -= charge.amount
+        self._charges = [charge for charge in self._charges if not done(charge)]
 
     # ------------------------------------------------------------------ talking to workers
 

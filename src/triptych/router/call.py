@@ -21,6 +21,8 @@ class File:
     """None once the first token has come."""
     digest: str
     """SHA-256, hex."""
+    patches: int
+    """What its forward costs, about."""
 
 
 def counted(files: Sequence[File]) -> str:
@@ -122,6 +124,13 @@ class Prompt:
     sampling: Sampling
     resumed: tuple[int, ...] = ()
     """The answer's tokens so far, when another try goes on with it."""
+    prefixes: tuple[str, ...] = ()
+    """Names of its beginnings, as ``prefixes.prefixes`` has them."""
+
+    @property
+    def n_tokens(self) -> int:
+        """That prefill computes."""
+        return len(self.token_ids) + len(self.resumed)
 
     @property
     def n_left(self) -> int:

@@ -19,6 +19,7 @@ from triptych.router.attempt import Attempt, together
 from triptych.router.call import Call, File, counted
 from triptych.router.files import Files
 from triptych.router.membership import Membership, Worker
+from triptych.router.placement import Item
 from triptych.router.timelines import Timelines
 
 SMALL_NBYTES = 1 << 16
@@ -42,7 +43,7 @@ class Encoding:
         if not files:
             return []
         await self._membership.wait_for(lambda: ("encoder",), self._timeouts.worker)
-        attempt.place_items([file.digest for file in files], call.avoided)
+        attempt.place_items([Item(file.digest, file.patches) for file in files], call.avoided)
         shares: dict[Worker, list[int]] = {}
         for index, worker in enumerate(attempt.encoders):
             shares.setdefault(worker, []).append(index)
@@ -81,6 +82,7 @@ class Encoding:
             await self._files.fetch_again(call, files, missed)
             known = [item for item in known if not item.miss]
             known += await self._ask(call, attempt, worker, files, missed, math.inf)
+        attempt.found_cached(item.index for item in known if item.cached)
         n_known = sum(item.cached for item in known)
         note = f"{worker.worker_id}: {counted([files[i] for i in indices])}, {n_known} known"
         sizes = {i: len(files[i].data or b"") for i in indices}

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from triptych.config import RouterConfig
 from triptych.errors import BadMedia, BadRequest, ClientError
 from triptych.media.fetch import fetch
+from triptych.media.size import image_size
 from triptych.request import KINDS
 from triptych.router.attempt import together
 from triptych.router.call import Call, File
 from triptych.router.offload import INLINE_NBYTES, offload
+from triptych.router.placement import estimated_patches
 from triptych.router.timelines import Timelines
 
 FETCHES = 8
@@ -66,7 +68,8 @@ class Files:
             raise
         digest = await offload(len(data) <= INLINE_NBYTES, _digest, data)
         self._timelines.own(call.request_id, "fetch", start, item=index, nbytes=len(data))
-        return File(item.kind, data, digest)
+        size = image_size(data) if item.kind == "image" else None
+        return File(item.kind, data, digest, estimated_patches(len(data), size))
 
 
 def _digest(data: bytes) -> str:

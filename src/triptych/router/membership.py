@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from triptych import __version__, wire
 from triptych.errors import WorkerLost
 from triptych.observe import metrics
 from triptych.refs import KVLayout, kv_mismatch
-from triptych.router.placement import Candidate
+from triptych.router.placement import PREFIX_TOKENS, Candidate, Recent
 from triptych.transfer.channel import Channel
 
 logger = logging.getLogger(__name__)
 ROLES = ("encoder", "prefill", "decode", "language")
+DIGESTS = 10_000
+"""Of images, that are remembered of an encoder."""
 
 
 @dataclass(eq=False)
@@ -30,8 +32,10 @@ class Worker:
     identity: wire.ModelIdentity
     kv: KVLayout | None
     channel: Channel
+    recent: Recent
+    """Digests of the images that an encoder was asked for, prefixes of the prompts of others."""
     load: int = 0
-    """Outstanding images of an encoder, outstanding tokens of any other role."""
+    """Outstanding patches of an encoder, outstanding tokens of any other role."""
     requests: dict[str, Callable[[WorkerLost], None]] = field(default_factory=dict)
     """By wire id: whom to tell when the worker is lost."""
     heard: bool = False
@@ -39,7 +43,7 @@ class Worker:
 
     @property
     def candidate(self) -> Candidate:
-        return Candidate(self.worker_id, self.load)
+        return Candidate(self.worker_id, self.load, self.capacity.kv_tokens, self.recent)
 
 
 class Membership:
@@ -82,6 +86,7 @@ class Membership:
             identity=hello.identity,
             kv=hello.kv,
             channel=channel,
+            recent=Recent(_remembered(hello.capacity)),
         )
 
     def lost(self, channel: Channel, reason: str) -> None:
@@ -111,6 +116,11 @@ class Membership:
         """Number of workers by role; roles without one are absent."""
         return Counter(worker.role for worker in self._workers.values() if worker.heard)
 
+    def longest(self, roles: Iterable[str]) -> int:
+        """Tokens of the longest request that every role has a worker for; 0: none of them says."""
+        longest = (max(w.capacity.max_model_len for w in self.workers(role)) for role in roles)
+        return min((n for n in longest if n), default=0)
+
     async def wait_for(self, wanted: Callable[[], Sequence[str]], timeout_s: float) -> None:
         """Until every role that ``wanted`` names has a worker.
 
@@ -132,3 +142,8 @@ class Membership:
     def _note_change(self, role: str) -> None:
         metrics.workers.labels(role).set(len(self.workers(role)))
         self._changed.set()
+
+
+def _remembered(capacity: wire.Capacity) -> int:
+    """How many of its images or prefixes to remember: of prefixes as many as its KV cache holds."""
+    return capacity.kv_tokens // PREFIX_TOKENS or DIGESTS

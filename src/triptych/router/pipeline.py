@@ -28,6 +28,7 @@ from triptych.router.inbox import Inboxes, StageFailed
 from triptych.router.membership import Membership, Worker
 from triptych.router.openai import DEFAULT_MAX_TOKENS, ChatRequest
 from triptych.router.placement import answering_roles
+from triptych.router.prefixes import prefixes
 from triptych.router.prompt import Prompter
 from triptych.router.timelines import Timelines
 
@@ -121,22 +122,21 @@ class Pipeline:
             return answering_roles(topology, self._membership.present())
 
         await self._membership.wait_for(roles, self._timeouts.worker)
-        attempt.place_answer(roles(), call.avoided)
         if call.sampling is None:
-            workers = list(attempt.answering.values())
-            max_tokens = self._max_tokens(call.chat, len(token_ids), workers)
+            limit = self._membership.longest(roles())
+            max_tokens = self._max_tokens(call.chat, len(token_ids), limit)
             call.sampling = call.first_sampling(max_tokens, self._prompter.stop_ids)
-        attempt.charge_answer(len(token_ids), call.sampling.max_tokens)
+        begins = prefixes(token_ids, [item.meta for item in items], self._prompter.row_token_ids)
+        prompt = Prompt(tuple(token_ids), call.sampling, tuple(call.tokens), tuple(begins))
+        attempt.place_prompt(roles(), prompt, call.avoided)
         self._timelines.own(call.request_id, "tokenize", start, note=f"{len(token_ids)} tokens")
-        return Prompt(tuple(token_ids), call.sampling, tuple(call.tokens))
+        return prompt
 
-    def _max_tokens(self, chat: ChatRequest, n_prompt: int, workers: Sequence[Worker]) -> int:
+    def _max_tokens(self, chat: ChatRequest, n_prompt: int, limit: int) -> int:
         """As asked for; else what fits, ``DEFAULT_MAX_TOKENS`` at most. Raises PromptTooLong."""
-        limits = [w.capacity.max_model_len for w in workers if w.capacity.max_model_len > 0]
         asked = chat.max_new_tokens
-        if not limits:
+        if not limit:
             return asked or DEFAULT_MAX_TOKENS
-        limit = min(limits)
         if n_prompt + (asked or 1) > limit:
             answer = f" and max_tokens {asked}" if asked else ""
             raise PromptTooLong(

@@ -163,7 +163,7 @@ async def _introduce(socket: Socket, hello: wire.Hello, secret: bytes) -> tuple[
     challenge = wire.decode(frame, wire.Challenge)
     nonces = (_checked(challenge.nonce), secrets.token_hex(16))
     hello = msgspec.structs.replace(hello, version=wire.VERSION, nonce=nonces[1], proof="")
-    proof = wire.proof(secret, "dial", nonces, wire.encode(hello).hex())
+    proof = proof_of(secret, "dial", nonces, wire.encode(hello).hex())
     await socket.send(wire.encode(msgspec.structs.replace(hello, proof=proof)))
     answer = wire.decode_channel(await _receive(socket))
     if isinstance(answer, wire.Refused):
@@ -172,11 +172,11 @@ async def _introduce(socket: Socket, hello: wire.Hello, secret: bytes) -> tuple[
     if not isinstance(answer, wire.Welcome):
         raise PeerRefused(f"{type(answer).__name__} instead of a welcome")
     claimed = wire.encode(msgspec.structs.replace(answer, proof="")).hex()
-    expected = wire.proof(secret, "listen", nonces, claimed)
+    expected = proof_of(secret, "listen", nonces, claimed)
     if not _equal(expected, answer.proof):
         raise PeerUnproven(_UNPROVEN)
     _check_kv(hello, answer)
-    return answer, wire.session_token(secret, nonces)
+    return answer, _session_token(secret, nonces)
 
 
 async def _examine(
@@ -194,7 +194,7 @@ async def _examine(
         hello = wire.decode(frame, wire.Hello)
         nonces = (nonce, _checked(hello.nonce))
         claimed = wire.encode(msgspec.structs.replace(hello, proof="")).hex()
-        if not _equal(wire.proof(secret, "dial", nonces, claimed), hello.proof):
+        if not _equal(proof_of(secret, "dial", nonces, claimed), hello.proof):
             raise PeerUnproven(_UNPROVEN)
         if (reason := check(hello)) is not None:
             raise PeerRefused(reason)
@@ -207,9 +207,20 @@ async def _examine(
         await socket.send(wire.encode(wire.Refused(exc.message)))
         raise
     welcome = msgspec.structs.replace(welcome, session=secrets.token_hex(16), proof="")
-    proof = wire.proof(secret, "listen", nonces, wire.encode(welcome).hex())
+    proof = proof_of(secret, "listen", nonces, wire.encode(welcome).hex())
     welcome = msgspec.structs.replace(welcome, proof=proof)
-    return hello, welcome, wire.session_token(secret, nonces)
+    return hello, welcome, _session_token(secret, nonces)
+
+
+def proof_of(secret: bytes, side: str, nonces: tuple[str, str], payload: str) -> str:
+    """HMAC-SHA256 over who speaks, the listener's and the dialler's nonce, and what is claimed."""
+    text = "|".join((side, *nonces, payload))
+    return hmac.new(secret, text.encode(), "sha256").hexdigest()
+
+
+def _session_token(secret: bytes, nonces: tuple[str, str]) -> str:
+    """What HTTP requests that belong to a channel's session must carry."""
+    return proof_of(secret, "token", nonces, "")
 
 
 def channel_address(url: str) -> str:
