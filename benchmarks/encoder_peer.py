@@ -28,7 +28,7 @@ from starlette.routing import WebSocketRoute
 from triptych import __version__, wire
 from triptych.config import EncoderConfig, Secrets, Timeouts, environment_of_children
 from triptych.errors import TriptychError
-from triptych.launch import command_line
+from triptych.options import command_line
 from triptych.request import Span
 from triptych.stage.http import HttpServer, bind, url_of
 from triptych.transfer.channel import Channel, Sessions

@@ -17,6 +17,7 @@ import uvloop
 
 from triptych import config as c
 from triptych import launch, options, single
+from triptych.bench import config as b
 from triptych.errors import ConfigError, TriptychError, UnsupportedModel
 from triptych.eval.config import EvalConfig
 from triptych.observe import log
@@ -34,7 +35,7 @@ COMMANDS: dict[str, type[Any]] = {
     "decode": c.DecodeConfig,
     "language": c.LanguageConfig,
     "demo": c.DemoConfig,
-    "bench": c.BenchConfig,
+    "bench": b.BenchConfig,
     "eval": EvalConfig,
 }
 DESCRIPTION = "Serve vision-language models with Encode, Prefill and Decode apart."
@@ -82,8 +83,8 @@ def run(config: Any) -> int:
     if isinstance(config, c.DemoConfig):
         demo = importlib.import_module("triptych.demo.run")
         return int(asyncio.run(demo.run(config)))
-    if isinstance(config, c.BenchConfig):
-        if isinstance(config.what, c.BenchPlotConfig):
+    if isinstance(config, b.BenchConfig):
+        if isinstance(config.what, b.BenchPlotConfig):
             return int(importlib.import_module("triptych.bench.plot").run(config.what))
         bench = importlib.import_module("triptych.bench.transfer")
         return int(uvloop.run(bench.run(config.what)))

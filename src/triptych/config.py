@@ -254,6 +254,15 @@ class ServeConfig:
     """Seconds until every child must be ready."""
     log_folder: Path | None = None
     """Folder of the children's logs; by default a temporary one, named at start."""
+    encoder_devices: tuple[str, ...] = ()
+    """Devices of the encoders, in turn; by default ``--device``. Likewise below."""
+    prefill_devices: tuple[str, ...] = ()
+    decode_devices: tuple[str, ...] = ()
+    language_devices: tuple[str, ...] = ()
+    batch_patches: int = EncoderConfig.batch_patches
+    """Most vision patches of one forward of an encoder."""
+    media_threads: int = EncoderConfig.media_threads
+    """Threads of each encoder that decode and preprocess images and videos."""
     parent_pipe: int = -1
     """File descriptor that closes when the launching process is gone; -1: none."""
 
@@ -275,53 +284,6 @@ class DemoConfig:
     transport: TransportName = "auto"
     threads: int = 1
     """CPU threads of each process."""
-
-
-@dataclass(frozen=True)
-class BenchTransferConfig:
-    """Bytes from one process to another, by transport, size and number of pieces, beside a copy of
-    the same bytes within one process and beside the bare Mooncake engine."""
-
-    sizes: tuple[str, ...] = ("64K", "1M", "16M", "64M", "512M")
-    """Bytes of one transfer, as in 64K, 16M, 1G. Three times the largest is needed in memory."""
-    pieces: tuple[int, ...] = (1, 64)
-    """Equal pieces that a transfer is cut into: KV arrives in blocks."""
-    transports: tuple[Literal["shm", "http", "mooncake"], ...] = ()
-    """By default all; those that cannot be had here are named. One asked for must work."""
-    device: str = "cpu"
-    """Where the bytes are read to: "cpu", "cuda", "cuda:1"."""
-    producer_device: str | None = None
-    """Where the bytes are; by default on ``device``, in another process's memory."""
-    repeats: int = 200
-    """Most rounds of one row."""
-    seconds: float = 0.6
-    """A row takes no new round after this long, once it has five."""
-    json: Path | None = None
-    """File for the figures."""
-    plot: Path | None = None
-    """Picture of the figures, .svg or .png; needs triptych[bench]."""
-
-
-@dataclass(frozen=True)
-class BenchPlotConfig:
-    """Draw what ``bench transfer --json`` has measured. Needs triptych[bench]."""
-
-    figures: Annotated[Path, tyro.conf.Positional]
-    """File that ``--json`` wrote."""
-    out: Path = Path("transfer.svg")
-    """Picture, .svg or .png."""
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """Measure this installation."""
-
-    what: tyro.conf.OmitSubcommandPrefixes[
-        tyro.conf.OmitArgPrefixes[
-            Annotated[BenchTransferConfig, tyro.conf.subcommand("transfer")]
-            | Annotated[BenchPlotConfig, tyro.conf.subcommand("plot")]
-        ]
-    ]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -19,14 +20,13 @@ import tempfile
 import threading
 import time
 from asyncio.subprocess import DEVNULL, STDOUT, Process
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, get_type_hints
+from typing import Any, Self
 
 import aiohttp
-import tyro
 from rich.console import Console
 
 from triptych.config import (
@@ -42,6 +42,7 @@ from triptych.config import (
     environment_of_children,
 )
 from triptych.errors import ConfigError, DeadlineExceeded, WorkerLost
+from triptych.options import command_line
 
 logger = logging.getLogger(__name__)
 
@@ -89,15 +90,28 @@ def role_configs(config: ServeConfig) -> dict[str, list[Any]]:
         model,
         network,
         pool_mib=config.pool_mib,
+        batch_patches=config.batch_patches,
+        media_threads=config.media_threads,
         threads=engine.threads,
     )
-    roles: dict[str, list[Any]] = {"router": [router], "encoder": [encoder] * config.encoders}
+    workers: dict[str, tuple[Any, Sequence[str], int]] = {
+        "encoder": (encoder, config.encoder_devices, config.encoders)
+    }
     if config.topology == "E/P/D":
-        roles["prefill"] = [PrefillConfig(model, network, engine, landing)] * config.prefills
-        roles["decode"] = [DecodeConfig(model, network, engine)] * config.decodes
+        prefill = PrefillConfig(model, network, engine, landing)
+        workers["prefill"] = (prefill, config.prefill_devices, config.prefills)
+        decode = DecodeConfig(model, network, engine)
+        workers["decode"] = (decode, config.decode_devices, config.decodes)
     else:
-        roles["language"] = [LanguageConfig(model, network, engine, landing)] * config.languages
-    return roles
+        language = LanguageConfig(model, network, engine, landing)
+        workers["language"] = (language, config.language_devices, config.languages)
+    return {"router": [router]} | {role: _placed(*each) for role, each in workers.items()}
+
+
+def _placed(worker: Any, devices: Sequence[str], count: int) -> list[Any]:
+    """``count`` of ``worker``, on ``devices`` in turn; without any, where its model is."""
+    names = itertools.islice(itertools.cycle(devices or (worker.model.device,)), count)
+    return [replace(worker, model=replace(worker.model, device=name)) for name in names]
 
 
 def commands(config: ServeConfig) -> list[Command]:
@@ -110,27 +124,6 @@ def commands(config: ServeConfig) -> list[Command]:
         for role, each in role_configs(config).items()
         for index, one in enumerate(each)
     ]
-
-
-def command_line(config: Any, prefix: str = "") -> list[str]:
-    """The arguments from which the command line builds ``config`` again."""
-    words: list[str] = []
-    hints = get_type_hints(type(config), include_extras=True)
-    for item in fields(config):
-        value, marks = getattr(config, item.name), getattr(hints[item.name], "__metadata__", ())
-        option = f"--{prefix}{item.name.replace('_', '-')}"
-        if is_dataclass(value):
-            inner = prefix if tyro.conf.OmitArgPrefixes in marks else f"{option[2:]}."
-            words += command_line(value, inner)
-        elif tyro.conf.Positional in marks:
-            words.append(str(value))
-        elif value == item.default:
-            continue
-        elif isinstance(value, bool):
-            words.append(option if value else f"--{prefix}no-{option[2 + len(prefix) :]}")
-        else:
-            words += [option, str(value)]
-    return words
 
 
 def router_url(config: ServeConfig) -> str:

@@ -1,9 +1,11 @@
-"""What an option may be, where its type in ``config.py`` does not say so."""
+"""What an option may be where its type does not say so, and a configuration as a command line."""
 
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, get_type_hints
+
+import tyro
 
 from triptych.config import Timeouts
 from triptych.errors import ConfigError
@@ -46,3 +48,26 @@ _AT_LEAST_ONE = {
     "max_video_bytes", "max_videos", "media_threads", "pool_mib", "prefills", "queue_patches",
     "repeats",
 }  # fmt: skip
+
+
+def command_line(config: Any, prefix: str = "") -> list[str]:
+    """The arguments from which the command line builds ``config`` again."""
+    words: list[str] = []
+    hints = get_type_hints(type(config), include_extras=True)
+    for item in fields(config):
+        value, marks = getattr(config, item.name), getattr(hints[item.name], "__metadata__", ())
+        option = f"--{prefix}{item.name.replace('_', '-')}"
+        if is_dataclass(value):
+            inner = prefix if tyro.conf.OmitArgPrefixes in marks else f"{option[2:]}."
+            words += command_line(value, inner)
+        elif tyro.conf.Positional in marks:
+            words.append(str(value))
+        elif value == item.default:
+            continue
+        elif isinstance(value, bool):
+            words.append(option if value else f"--{prefix}no-{option[2 + len(prefix) :]}")
+        elif isinstance(value, tuple):
+            words += [option, *map(str, value)]
+        else:
+            words += [option, str(value)]
+    return words

@@ -13,9 +13,9 @@ import torch
 
 from triptych.bench import plot, report, transfer
 from triptych.bench.bare import BareEngine
+from triptych.bench.config import BenchTransferConfig
 from triptych.bench.places import Places, device_of, fill
 from triptych.bench.transfer import Case, cases, parse_size, run
-from triptych.config import BenchTransferConfig
 from triptych.errors import ConfigError, TransferFailed
 from triptych.transfer.region import Region
 from triptych.transfer.transports.base import Read

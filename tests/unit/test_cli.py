@@ -25,7 +25,7 @@ from triptych.config import (
     Timeouts,
 )
 from triptych.errors import TriptychError, UnsupportedModel, WorkerLost
-from triptych.launch import command_line
+from triptych.options import command_line
 
 MODEL = ModelConfig("a/b", dtype="bfloat16", device="cuda:1", load_format="dummy", revision="v1")
 NETWORK = NetworkConfig("http://r:1", "0.0.0.0", 7, "me", "http", 5)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -145,6 +146,31 @@ def test_children_get_what_the_topology_was_given() -> None:
     for command, built in zip(commands(config), (router, encoder, prefill, decode), strict=True):
         assert command.argv[:3] == (sys.executable, "-m", "triptych")
         assert cli.parse(command.argv[3:]) == built
+
+
+def test_workers_are_placed_on_the_devices_of_their_role_in_turn() -> None:
+    model = ModelConfig("a/model", device="cuda:7")
+    config = ServeConfig(
+        model,
+        encoders=3,
+        prefills=2,
+        encoder_devices=("cuda:0", "cuda:1"),
+        prefill_devices=("cuda:1",),
+        batch_patches=99,
+        media_threads=5,
+    )
+    made = role_configs(config)
+    assert {role: [each.model.device for each in workers] for role, workers in made.items()} == {
+        "router": ["cuda:7"],
+        "encoder": ["cuda:0", "cuda:1", "cuda:0"],
+        "prefill": ["cuda:1", "cuda:1"],
+        "decode": ["cuda:7"],
+    }
+    assert {(each.batch_patches, each.media_threads) for each in made["encoder"]} == {(99, 5)}
+    both = replace(config, topology="E/PD", languages=2, language_devices=("cuda:1", "cuda:0"))
+    assert [each.model.device for each in role_configs(both)["language"]] == ["cuda:1", "cuda:0"]
+    whole = replace(config, topology="EPD", encoders=1)
+    assert cli.parse(commands(whole)[0].argv[3:]) == whole
 
 
 @pytest.mark.parametrize(

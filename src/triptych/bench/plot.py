@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from triptych.bench.config import BenchPlotConfig
 from triptych.bench.report import Report, Row, load, size
-from triptych.config import BenchPlotConfig
 from triptych.errors import ConfigError
 
 SUFFIXES = (".svg", ".png")

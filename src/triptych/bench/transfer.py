@@ -27,8 +27,9 @@ from rich.console import Console
 from triptych import wire
 from triptych.bench import plot, producer, report
 from triptych.bench.bare import BareEngine
+from triptych.bench.config import BenchTransferConfig
 from triptych.bench.places import Places, device_of
-from triptych.config import BenchTransferConfig, Timeouts, TransportName
+from triptych.config import Timeouts, TransportName
 from triptych.errors import ConfigError, TransferFailed
 from triptych.refs import EmbeddingRef
 from triptych.transfer.channel import Channel, OnLost, OnMessage
