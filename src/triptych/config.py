@@ -36,6 +36,9 @@ class ModelConfig:
     """"dummy": random weights from the configuration alone, equal in every process."""
     revision: str | None = None
     """Hub revision."""
+    memory_fraction: float = 1.0
+    """Share of a GPU's memory that this role's process may take, so that others on the same GPU
+    keep theirs. Every process takes about 0.5 GiB for CUDA itself besides."""
     compile: bool = True
     """Compile vision blocks and decoder layers, at start. On a CPU they are never compiled."""
     compile_cache: Path = Path("~/.cache/triptych/compiled")
@@ -100,7 +103,7 @@ class EngineConfig:
     """The language engine's memory and batch limits."""
 
     kv_mib: int = 64
-    """MiB of KV cache."""
+    """MiB of KV cache; 0: what ``--memory-fraction`` of a GPU leaves."""
     block_size: int = 16
     """Tokens of a KV block."""
     chunk_tokens: int = 512

@@ -24,6 +24,8 @@ def check(config: Any, where: str = "") -> None:
             raise ConfigError(f"--{name} must be at least 1, not {value}")
         elif item.name == "port" and not 0 <= value <= 65535:
             raise ConfigError(f"--{name} must be between 0 and 65535, not {value}")
+        elif item.name == "memory_fraction" and value > 1:
+            raise ConfigError(f"--{name} must be 1 at most, not {value}")
         elif type(value) is int and value < 0 and item.name != "parent_pipe":
             raise ConfigError(f"--{name} must not be negative, but is {value}")
         elif type(value) is float and value <= 0:
@@ -42,7 +44,7 @@ def check(config: Any, where: str = "") -> None:
 
 
 _AT_LEAST_ONE = {
-    "batch_patches", "block_size", "chunk_tokens", "concurrency", "decodes", "encoders", "kv_mib",
+    "batch_patches", "block_size", "chunk_tokens", "concurrency", "decodes", "encoders",
     "landing_mib", "languages", "max_body_mib", "max_bytes", "max_choices", "max_frame_pixels",
     "max_frames", "max_images", "max_pixels", "max_requests", "max_sequences", "max_tokens",
     "max_video_bytes", "max_videos", "media_threads", "pool_mib", "prefills", "queue_patches",

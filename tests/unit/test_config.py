@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ def test_defaults_pass() -> None:
         (ServeConfig(MODEL, engine=EngineConfig(block_size=0)), "--block-size"),
         (ServeConfig(MODEL, engine=EngineConfig(threads=-1)), "--threads"),
         (ServeConfig(MODEL, start_timeout=0.0), "--start-timeout"),
+        (DecodeConfig(replace(MODEL, memory_fraction=1.5)), "--memory-fraction"),
+        (DecodeConfig(replace(MODEL, memory_fraction=0.0)), "--memory-fraction"),
         (EncoderConfig(MODEL, NetworkConfig(port=-1)), "--port"),
         (EncoderConfig(MODEL, timeouts=Timeouts(connect=-1.0)), "--timeouts.connect"),
         (EncoderConfig(MODEL, timeouts=Timeouts(lease=20.0, transfer=20.0)), "--timeouts.lease"),

@@ -46,6 +46,7 @@ class DecodeService:
             stage,
             model,
             config.engine,
+            memory_fraction=config.model.memory_fraction,
             transport=config.network.transport,
             landing_mib=0,
             on_output=self._on_output,

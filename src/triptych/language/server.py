@@ -21,6 +21,7 @@ class LanguageService:
             stage,
             model,
             config.engine,
+            memory_fraction=config.model.memory_fraction,
             transport=config.network.transport,
             landing_mib=config.landing.landing_mib,
             on_output=self._on_output,

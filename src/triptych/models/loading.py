@@ -54,6 +54,7 @@ def _load(config: ModelConfig, half: Half) -> Any:
     dtype = resolve_dtype(config, checkpoint)
     if device.type == "cuda":
         _compute_in_full()
+        torch.cuda.set_per_process_memory_fraction(config.memory_fraction, device.index or 0)
     settings = half_config(checkpoint, half)
     cls = half_class(settings, half)
     with _one_at_a_time, quiet():

@@ -44,6 +44,7 @@ class PrefillService:
             stage,
             model,
             config.engine,
+            memory_fraction=config.model.memory_fraction,
             transport=config.network.transport,
             landing_mib=config.landing.landing_mib,
             on_output=self._on_output,

@@ -22,6 +22,7 @@ from triptych.config import (
 )
 from triptych.engine.backends import compile_layers
 from triptych.engine.loop import Engine
+from triptych.engine.memory import kv_nbytes
 from triptych.engine.messages import Cancel, StepOutput
 from triptych.engine.selftest import selftest
 from triptych.errors import TriptychError
@@ -53,6 +54,7 @@ class EngineHost:
         model: LanguageModel,
         config: EngineConfig,
         *,
+        memory_fraction: float,
         transport: TransportName,
         landing_mib: int,
         on_output: Callable[[StepOutput], None],
@@ -62,10 +64,11 @@ class EngineHost:
         self._on_output = on_output
         self._on_failed = on_failed
         self._loop: asyncio.AbstractEventLoop | None = None
-        kv_nbytes, landing_nbytes = config.kv_mib * MIB, landing_mib * MIB
-        self.region = open_region(kv_nbytes + landing_nbytes, stage.nonce, model.device)
-        self.kv_offset = self.region.carve(kv_nbytes)
-        memory = self.region.tensor(self.kv_offset, (kv_nbytes,), torch.uint8)
+        landing_nbytes = landing_mib * MIB
+        cache = kv_nbytes(model, config, memory_fraction, landing_nbytes)
+        self.region = open_region(cache + landing_nbytes, stage.nonce, model.device)
+        self.kv_offset = self.region.carve(cache)
+        memory = self.region.tensor(self.kv_offset, (cache,), torch.uint8)
         self.engine = Engine(model, memory, config, self._from_engine)
         export_usage("kv", self)
         self._transports = open_transports(
