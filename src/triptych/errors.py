@@ -15,6 +15,7 @@
     ├── Cancelled              the client went away or asked for an end                       499
     ├── DeadlineExceeded       a named timeout passed                                         504
     ├── WorkerLost             a worker died or cannot be reached; another may do the work    503
+    │   └── DeviceLost         its GPU has failed; the worker ends                            503
     ├── TransferFailed         bytes could not be moved; another attempt may succeed          503
     ├── PeerRefused            the peer speaks another version, serves another model or
     │   │                      lays its KV out otherwise                                  502
@@ -108,6 +109,10 @@ class WorkerLost(TriptychError):
     status = 503
     code = "worker_lost"
     retryable = True
+
+
+class DeviceLost(WorkerLost):
+    pass
 
 
 class TransferFailed(TriptychError):

@@ -64,7 +64,8 @@ class Cluster:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.loop.call_soon_threadsafe(self._stop.set)
+        if not self.loop.is_closed():  # a worker that ends by itself ends the others
+            self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(START_S)
         assert not self._thread.is_alive()
 
@@ -125,9 +126,11 @@ class Cluster:
         await asyncio.wait([waiting, *running], return_when=asyncio.FIRST_COMPLETED)
         for stage in self.stages:
             stage.stop()
-        await asyncio.gather(*running[1:])
+        ends = await asyncio.gather(*running[1:], return_exceptions=True)
         router.stop()
         await running[0]
+        for error in filter(None, ends):
+            raise error
 
 
 def timeline(url: str, request_id: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import io
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from PIL import Image
 from triptych import wire
 from triptych.config import EncoderConfig, ModelConfig
 from triptych.encoder.service import EncoderService
+from triptych.errors import TriptychError
 from triptych.media.processor import Processor
 from triptych.models.loading import identity, load_encoder
 from triptych.models.vision import VisionModel
@@ -132,7 +133,8 @@ class Bench:
         self.gate = Gate(load_encoder(model))
         self.region = Region(config.pool_mib << 20, "nonce")
         self.reports: list[wire.Message] = []
-        self.spans: dict[str, list[Span]] = {}
+        self.ended: TriptychError | None = None
+        self.told: dict[str, list[Span]] = {}
         self.service = EncoderService(
             config,
             identity(model, self.processor.backend),
@@ -140,10 +142,18 @@ class Bench:
             self.gate,  # type: ignore[arg-type]
             self.region,
             producer=lambda on_idle: Producer("http://encoder", "nonce", config.timeouts, on_idle),
-            report=self.reports.append,
-            spans=lambda request_id, spans: self.spans.setdefault(request_id, []).extend(spans),
+            worker=self,
         )
         self.consumer = Consumer(self)
+
+    def report(self, message: wire.Message) -> None:
+        self.reports.append(message)
+
+    def spans(self, request_id: str, spans: Sequence[Span]) -> None:
+        self.told.setdefault(request_id, []).extend(spans)
+
+    def fail(self, error: TriptychError) -> None:
+        self.ended = error
 
     async def encode(self, message: wire.EncodeRequest) -> tuple[wire.EncodedItem, ...]:
         """As over the wire."""

@@ -131,7 +131,7 @@ async def test_spans_tell_where_the_time_went(folder: Path) -> None:
         before = time.time()
         await subject.embeddings("r1", [png(picture(1)), png(picture(2))])
         for index in (0, 1):
-            spans = [span for span in subject.spans["r1"] if span.item == index]
+            spans = [span for span in subject.told["r1"] if span.item == index]
             names = [span.name for span in spans]
             steps = ["decode", "queue", "preprocess", "queue", "encode", "ready"]
             assert names == ["queue", *steps]
@@ -157,7 +157,7 @@ async def test_equal_images_at_once_run_one_forward(folder: Path) -> None:
         rows = [await subject.consumer.read(number) for number in claims]
         assert len(rows) == 8 and all(torch.equal(rows[0], other) for other in rows)
         assert subject.gate.batches == [1]
-        assert set(subject.spans) == {"r0", "r1", "r2", "r3"}
+        assert set(subject.told) == {"r0", "r1", "r2", "r3"}
 
 
 async def test_an_image_in_another_context_is_another_embedding(tmp_path: Path) -> None:

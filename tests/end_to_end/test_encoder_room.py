@@ -48,7 +48,7 @@ async def test_cancel_drops_what_waits_and_frees_what_runs(folder: Path) -> None
         await until(lambda: not subject.service._embeddings)
         assert subject.gate.batches == [1]
         assert subject.service.pool.free_nbytes == subject.service.pool.nbytes
-        assert subject.spans == {} and subject.reports == []
+        assert subject.told == {} and subject.reports == []
 
 
 async def test_cancel_of_one_leaves_the_work_to_the_others(folder: Path) -> None:
@@ -63,7 +63,7 @@ async def test_cancel_of_one_leaves_the_work_to_the_others(folder: Path) -> None
         claim = subject.consumer.claim(shared.ref, "r1")
         subject.gate.open.set()
         await subject.consumer.read(claim)
-        assert set(subject.spans) == {"r1"}
+        assert set(subject.told) == {"r1"}
 
 
 async def test_a_forward_that_was_cancelled_may_be_wanted_again(folder: Path) -> None:

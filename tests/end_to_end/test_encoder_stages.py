@@ -60,8 +60,8 @@ async def test_images_decode_in_parallel_while_the_first_is_encoded(
         # The first can be read, although no other one has even been decoded.
         await until(lambda: [e.cached for e in subject.service._embeddings.values()].count(True))
         assert decode.inside == 3
-        await until(lambda: len(subject.spans.get("r1", ())) > 0)
-        assert {span.item for span in subject.spans["r1"]} == {0}
+        await until(lambda: len(subject.told.get("r1", ())) > 0)
+        assert {span.item for span in subject.told["r1"]} == {0}
         decode.open.set()
         await read_all(subject, "r1", items)
         assert set(decode.threads) == {"encoder-decode"}

@@ -23,7 +23,7 @@ from triptych.errors import TriptychError, UnsupportedModel
 from triptych.media.image import ImageHeader
 from triptych.media.processor import Processor
 from triptych.media.video import VideoHeader
-from triptych.models.stream import Stream, drain
+from triptych.models.stream import Stream, failure
 from triptych.models.vision import Item, VisionModel
 from triptych.transfer.region import BaseRegion
 
@@ -126,8 +126,8 @@ class Runner:
             return BatchResult(slots, began, encoded(), copied(), errors)
         except Exception as exc:  # engine thread's boundary: a batch fails by name, work goes on
             logger.exception("a forward of %d items failed", len(batch))
-            drain(self._model.device)
-            error = TriptychError(f"the vision model failed: {type(exc).__name__}: {exc}")
+            device = self._model.device
+            error = failure(device, f"the vision model failed: {type(exc).__name__}: {exc}")
             now = time.time()
             return BatchResult(slots, began, now, now, dict.fromkeys(slots, error))
 

@@ -43,8 +43,7 @@ class EncoderWorker:
             model,
             self.region,
             producer=lambda on_idle: Producer(stage.url, stage.nonce, stage.timeouts, on_idle),
-            report=stage.report,
-            spans=stage.spans,
+            worker=stage,
         )
 
     async def start(self) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from typing import Protocol
 
 from triptych import wire
 from triptych.config import EncoderConfig
@@ -26,6 +27,7 @@ from triptych.encoder.planner import Asked, Planner
 from triptych.encoder.preparation import Prepared, Preparer, preparation_error
 from triptych.encoder.runner import BatchResult, Runner, warm_up_batches
 from triptych.encoder.scheduler import EncodeScheduler
+from triptych.errors import DeviceLost, TriptychError
 from triptych.media.processor import Processor
 from triptych.models.vision import VisionModel
 from triptych.observe.metrics import export_usage
@@ -41,6 +43,19 @@ QUEUE_NBYTES = 256 << 20
 """Bytes of image files that may wait to be encoded."""
 
 
+class Worker(Protocol):
+    """The process around the service: a ``Stage``, by its own words."""
+
+    def report(self, message: wire.Message) -> None:
+        """Tell the router."""
+
+    def spans(self, request_id: str, spans: Sequence[Span]) -> None:
+        """Tell the router."""
+
+    def fail(self, error: TriptychError) -> None:
+        """End: nothing more can be done here."""
+
+
 class EncoderService:
     """Owner of the pool's slots. Every method runs on the event loop."""
 
@@ -53,14 +68,12 @@ class EncoderService:
         region: BaseRegion,
         *,
         producer: Callable[[Callable[[int], None]], Producer],
-        report: Callable[[wire.Message], None],
-        spans: Callable[[str, Sequence[Span]], None],
+        worker: Worker,
     ) -> None:
-        """``producer(on_idle)`` makes the producer; ``report`` and ``spans`` tell the router."""
+        """``producer(on_idle)`` makes the producer."""
         self._timeouts = config.timeouts
         self._model = model
-        self._report = report
-        self._spans = spans
+        self._worker = worker
         self.producer = producer(self._on_idle)
         pool_nbytes = config.pool_mib << 20
         self.pool = Pool(
@@ -275,19 +288,22 @@ class EncoderService:
         piece = wire.Piece(embedding.extent.offset, embedding.meta.nbytes)
         self.producer.ready(embedding.slot, [piece], last=True)
         for request, index in embedding.waiters:
-            self._spans(request, embedding.spans(result, index))
+            self._worker.spans(request, embedding.spans(result, index))
         embedding.waiters.clear()
         embedding.prepared = None
 
     def _fail(self, embedding: Embedding, cause: BaseException) -> None:
         """This item alone has failed; those who wait for it are told, the key is free again."""
         error = preparation_error(cause)
+        if isinstance(error, DeviceLost):
+            self._worker.fail(error)
+            return
         embedding.failed = True
         embedding.prepared = None
         self.cache.remove(embedding.slot)
         counts.refused(error)
         for message in embedding.failures(error):
-            self._report(message)
+            self._worker.report(message)
         embedding.waiters.clear()
         self.producer.fail(embedding.slot, error)
         if not self.producer.leases(embedding.slot):

@@ -41,7 +41,7 @@ from triptych.engine.sequence import Phase, Reservation, Sequence
 from triptych.engine.withheld import Withheld
 from triptych.errors import TriptychError, WorkerLost
 from triptych.models.language import LanguageModel
-from triptych.models.stream import drain
+from triptych.models.stream import drain, failure
 
 logger = logging.getLogger(__name__)
 
@@ -352,6 +352,6 @@ class Engine:
                 self._fail(request_id, exc)
         except Exception as exc:  # a task boundary: the model may raise anything
             logger.exception("requests %s failed", ", ".join(request_ids))
-            drain(self.model.device)
+            error = failure(self.model.device, f"{type(exc).__name__}: {exc}")
             for request_id in request_ids:
-                self._fail(request_id, TriptychError(f"{type(exc).__name__}: {exc}"))
+                self._fail(request_id, error)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+from triptych.errors import DeviceLost, TriptychError
+
+logger = logging.getLogger(__name__)
 
 
 class Stream:
@@ -37,8 +42,22 @@ class Stream:
         return wait
 
 
-def drain(device: torch.device) -> None:
-    """Wait until nothing that this process has queued can touch the device's memory any more."""
+def drain(device: torch.device) -> bool:
+    """Wait until nothing that this process has queued can touch the device's memory any more.
+
+    False: the device has failed for this process (a kernel's illegal access, say). It computes
+    nothing more, and no later call of this process will succeed.
+    """
     if device.type == "cuda":
-        with suppress(RuntimeError):  # a device that has failed computes nothing more either
+        try:
             torch.cuda.synchronize(device)
+        except RuntimeError as exc:
+            logger.critical("%s has failed: %s", device, exc)
+            return False
+    return True
+
+
+def failure(device: torch.device, message: str) -> TriptychError:
+    """The error for work that failed on the device, once nothing can touch its memory any more:
+    ``DeviceLost`` if no other work can succeed either."""
+    return TriptychError(message) if drain(device) else DeviceLost(message)

@@ -25,7 +25,7 @@ from triptych.engine.loop import Engine
 from triptych.engine.memory import kv_nbytes
 from triptych.engine.messages import Cancel, StepOutput
 from triptych.engine.selftest import selftest
-from triptych.errors import TriptychError
+from triptych.errors import DeviceLost, TriptychError
 from triptych.models.language import LanguageModel
 from triptych.models.loading import identity, load_language
 from triptych.observe.metrics import export_usage
@@ -173,6 +173,9 @@ class EngineHost:
         self._fail(request_id, error)
 
     def _fail(self, request_id: str, error: TriptychError) -> None:
+        if isinstance(error, DeviceLost):
+            self._stage.fail(error)  # its end tells the router more than a report of this request
+            return
         self.feed.cancel(request_id)
         self.report_failed(request_id, error)
         self._on_failed(request_id, error)

@@ -22,7 +22,7 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from triptych import __version__, wire
 from triptych.config import NetworkConfig, Secrets, Timeouts
-from triptych.errors import PeerRefused, WorkerLost
+from triptych.errors import PeerRefused, TriptychError, WorkerLost
 from triptych.observe import exposition
 from triptych.observe.metrics import record_span
 from triptych.refs import KVLayout
@@ -97,6 +97,8 @@ class Stage:
         self._stopping = asyncio.Event()
         self._refused: PeerRefused | None = None
         """Why the router has not taken this worker the last time it dialled."""
+        self._failure: TriptychError | None = None
+        """Why this worker cannot go on."""
         self._spans: dict[str, list[Span]] = {}
         """By request, on their way to the router."""
         self._sending: asyncio.TimerHandle | None = None
@@ -125,7 +127,8 @@ class Stage:
     async def serve(self, *, handle_signals: bool = True) -> None:
         """Run until ``stop`` or, with ``handle_signals``, SIGTERM or SIGINT.
 
-        Raises PeerRefused when the router refuses this worker before it was ever registered.
+        Raises PeerRefused when the router refuses this worker before it was ever registered, and
+        what ``fail`` was called with.
         """
         if handle_signals:
             loop = asyncio.get_running_loop()
@@ -144,11 +147,21 @@ class Stage:
             await self.service.stop()
             server.stop()
             await serving
+        if self._failure is not None:
+            raise self._failure
         if self._refused is not None and not self.started.is_set():
             raise self._refused
 
     def stop(self) -> None:
         self._stopping.set()
+
+    def fail(self, error: TriptychError) -> None:
+        """This worker cannot go on: it ends, and ``serve`` raises the first such error. Its lost
+        channels tell router and peers that its requests must go elsewhere. Idempotent."""
+        if self._failure is None:
+            logger.critical("this worker ends: %s", error.message)
+            self._failure = error
+            self.stop()
 
     async def _stay_registered(self) -> None:
         """Keep a channel to the router, whatever happens to it."""
