@@ -17,6 +17,7 @@
     ├── WorkerLost             a worker died or cannot be reached; another may do the work    503
     │   └── DeviceLost         its GPU has failed; the worker ends                            503
     ├── TransferFailed         bytes could not be moved; another attempt may succeed          503
+    │   └── SlotGone           what a ref names was let go: to be made again                  503
     ├── PeerRefused            the peer speaks another version, serves another model or
     │   │                      lays its KV out otherwise                                  502
     │   └── PeerUnproven       or knows another secret: perhaps somebody else's process
@@ -124,6 +125,10 @@ class TransferFailed(TriptychError):
         super().__init__(message, item=item)
         self.quarantine_s = quarantine_s
         """Seconds during which the transport may still write into the destination."""
+
+
+class SlotGone(TransferFailed):
+    code = "slot_gone"
 
 
 class PeerRefused(TriptychError):

@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText
 
 from triptych.config import Dtype, EngineConfig, ModelConfig
 from triptych.demo.tiny import make_tiny_model
+from triptych.engine.kv_cache import KVShape
 from triptych.engine.loop import Engine
 from triptych.engine.messages import AddRequest, ItemLanded, Progress, StepOutput
 from triptych.engine.sequence import ItemSpan
@@ -135,11 +136,15 @@ class Family:
 
 
 class Driver:
-    """Runs an engine and sorts what it says."""
+    """Runs an engine and sorts what it says. ``n_blocks``: of its cache, by default 1 MiB."""
 
-    def __init__(self, model: LanguageModel, **config: Any) -> None:
+    def __init__(self, model: LanguageModel, *, n_blocks: int = 0, **config: Any) -> None:
         outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
-        self.engine = Engine(model, None, EngineConfig(kv_mib=1, threads=1, **config), outputs.put)
+        settings = EngineConfig(kv_mib=1, threads=1, **config)
+        shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
+        nbytes = n_blocks * shape.block_nbytes(settings.block_size)
+        memory = torch.zeros(nbytes, dtype=torch.uint8) if n_blocks else None
+        self.engine = Engine(model, memory, settings, outputs.put)
         self._outputs = outputs
         self.tokens: list[TokenEvent] = []
         self.progress: dict[str, list[Progress]] = defaultdict(list)
@@ -149,6 +154,9 @@ class Driver:
         self.reserved: dict[str, tuple[int, ...]] = {}
         self.spans: dict[str, list[Span]] = defaultdict(list)
         self.outputs: list[StepOutput] = []
+        self._cases: dict[str, Case] = {}
+        self._held: set[tuple[str, int]] = set()
+        """Rows that the engine has."""
 
     def __enter__(self) -> Driver:
         self.engine.start()
@@ -159,12 +167,18 @@ class Driver:
         assert not self.engine._thread.is_alive()
 
     def add(self, case: Case, sampling: Sampling = GREEDY, **other: Any) -> str:
-        """Submit the request with all its images."""
+        """Submit the request with all its images; they land again when they are asked for."""
         request = case.request(sampling, **other)
         self.engine.submit(request)
-        for item, rows in enumerate(case.rows):
-            self.engine.submit(ItemLanded(request.request_id, item, rows))
+        self._cases[request.request_id] = case
+        for item in range(len(case.rows)):
+            self._land(request.request_id, item)
         return request.request_id
+
+    def _land(self, name: str, item: int) -> None:
+        if (name, item) not in self._held:
+            self._held.add((name, item))
+            self.engine.submit(ItemLanded(name, item, self._cases[name].rows[item]))
 
     def until(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + PATIENCE_S
@@ -203,6 +217,10 @@ class Driver:
         self.outputs.append(output)
         self.tokens += output.tokens
         self.consumed += output.consumed
+        self._held.difference_update(output.consumed)
+        for name, item in output.wanted:
+            if name in self._cases:
+                self._land(name, item)
         self.failed.update(output.failed)
         self.prefilled.update({each.request_id: each for each in output.prefilled})
         self.reserved.update({each.request_id: each.blocks for each in output.reserved})

@@ -28,7 +28,8 @@ from tests.end_to_end.stub_workers import IDENTITY, TIMEOUTS, StubWorker
 from triptych import wire
 from triptych.config import ModelConfig, Secrets
 from triptych.demo.tiny import make_tiny_model
-from triptych.errors import Overloaded, PeerRefused, TransferFailed, WorkerLost
+from triptych.errors import Overloaded, PeerRefused, SlotGone, TransferFailed, WorkerLost
+from triptych.router.pipeline import ENCODINGS
 from triptych.router.prompt import Prompter
 
 
@@ -151,6 +152,31 @@ async def test_prefill_that_cannot_read_an_encoder_moves_the_image(
         assert first.request_id != second.request_id  # type: ignore[attr-defined]
         assert first.sampling == second.sampling  # type: ignore[attr-defined]
         assert first.request_id in d.worker("prefill").cancelled  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("times", [1, ENCODINGS + 1])
+async def test_an_embedding_that_was_let_go_is_encoded_again_where_it_was(
+    prompter: Prompter, times: int
+) -> None:
+    """By the only encoder there is: it is not to blame."""
+
+    def gone(worker: StubWorker, request_id: str) -> bool:
+        count = len(worker.calls)
+        if count <= times:
+            worker.report(request_id, SlotGone("slot 1 has expired", item=0))
+        return count > times
+
+    language = StubWorker("language")
+    language.on_start = gone
+    async with deploy(prompter, StubWorker("encoder"), language) as d:
+        if times > ENCODINGS:
+            with pytest.raises(openai.InternalServerError, match="slot 1 has expired"):
+                await d.ask(messages=with_images(b"one"))
+        else:
+            answer = await d.ask(messages=with_images(b"one"))
+            assert answer.choices[0].message.content == SAID
+        assert len(d.worker("language").seen("/generate")) == min(times, ENCODINGS) + 1
+        await until(lambda: all_idle(d))
 
 
 async def test_overload_tries_another_and_else_is_429(prompter: Prompter) -> None:

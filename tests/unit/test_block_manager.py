@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,26 +16,29 @@ def test_blocks_for_rounds_up() -> None:
 
 def test_all_or_nothing() -> None:
     blocks = BlockManager(4, 16)
-    assert blocks.allocate("a", 33) == (0, 1, 2)
-    assert blocks.allocate("b", 17) is None
+    assert blocks.grow("a", 33) == (0, 1, 2)
+    assert blocks.grow("b", 17) is None
     assert blocks.n_free == 1
-    assert blocks.allocate("b", 16) == (3,)
+    assert blocks.grow("b", 16) == (3,)
+
+
+def test_growing_keeps_what_there_is() -> None:
+    blocks = BlockManager(4, 16)
+    assert blocks.grow("a", 1) == (0,)
+    assert blocks.grow("b", 1) == (1,)
+    assert blocks.grow("a", 16) == (0,)
+    assert blocks.grow("a", 40) == (0, 2, 3)
+    assert blocks.grow("a", 65) is None
+    assert blocks.grow("a", 3) == (0, 2, 3)
 
 
 def test_release_is_idempotent() -> None:
     blocks = BlockManager(4, 16)
-    blocks.allocate("a", 64)
+    blocks.grow("a", 64)
     blocks.release("a")
     blocks.release("a")
     blocks.release("never seen")
     assert blocks.n_free == 4
-
-
-def test_a_holder_allocates_once() -> None:
-    blocks = BlockManager(4, 16)
-    blocks.allocate("a", 1)
-    with pytest.raises(AssertionError):
-        blocks.allocate("a", 1)
 
 
 @given(
@@ -49,16 +51,19 @@ def test_no_block_is_held_twice_or_lost(
 ) -> None:
     blocks = BlockManager(n_blocks, size)
     held: dict[str, tuple[int, ...]] = {}
-    for allocate, who, n_tokens in calls:
+    for grow, who, n_tokens in calls:
         name = str(who)
-        if not allocate:
+        before = held.get(name, ())
+        if not grow:
             blocks.release(name)
             held.pop(name, None)
-        elif name not in held:
+        else:
             free = n_blocks - sum(map(len, held.values()))
-            got = blocks.allocate(name, n_tokens)
-            assert (got is not None) == (-(-n_tokens // size) <= free)
+            more = max(0, -(-n_tokens // size) - len(before))
+            got = blocks.grow(name, n_tokens)
+            assert (got is not None) == (more <= free)
             if got is not None:
+                assert got[: len(before)] == before and len(got) == len(before) + more
                 held[name] = got
         every = [block for given in held.values() for block in given]
         assert len(every) == len(set(every))

@@ -107,10 +107,10 @@ def test_claim_takes_over_exactly_one_lease_of_its_request(lender: Lender) -> No
     claim(lender, ref, 1)
     assert sent(lender) == []
     claim(lender, ref, 2)  # the request has no second lease
-    denied(lender, "TransferFailed", "no lease of request r1")
+    denied(lender, "SlotGone", "no lease of request r1")
     claim(lender, ref, 2, request="r2")
     claim(lender, ref, 3, request="r3")
-    denied(lender, "TransferFailed", "no lease of request r3")
+    denied(lender, "SlotGone", "no lease of request r3")
     assert lender.leases(ref.slot) == 2
     lender.session_lost("router")  # holds nothing any more
     assert lender.leases(ref.slot) == 2
@@ -132,8 +132,8 @@ def test_the_same_image_twice_in_one_request(lender: Lender) -> None:
     ("change", "kind", "words"),
     [
         ({"nonce": "nonce-b"}, "WorkerLost", "process that is gone"),
-        ({"generation": 9}, "TransferFailed", "expired"),
-        ({"slot": 99}, "TransferFailed", "expired"),
+        ({"generation": 9}, "SlotGone", "expired"),
+        ({"slot": 99}, "SlotGone", "expired"),
         ({"nbytes": 4}, "TransferFailed", "altered"),
         ({"shape": (9, 9, 9)}, "TransferFailed", "altered"),
     ],
@@ -155,7 +155,7 @@ def test_slot_numbers_and_generations_never_come_back(lender: Lender) -> None:
     assert second.slot != first.slot
     assert second.generation > first.generation
     claim(lender, first)
-    denied(lender, "TransferFailed", "expired")
+    denied(lender, "SlotGone", "expired")
     assert lender.state(first.slot) is SlotState.CLOSED
 
 
@@ -211,7 +211,7 @@ def test_cancel_is_idempotent_and_tells_the_consumer(lender: Lender) -> None:
     assert lender.leases(keeps.slot) == 1
     lender.release("consumer", wire.Release(1))
     claim(lender, other, 2)
-    denied(lender, "TransferFailed", "no lease")
+    denied(lender, "SlotGone", "no lease")
 
 
 def test_a_lost_session_drops_all_it_holds_and_nothing_else(lender: Lender) -> None:
@@ -307,7 +307,7 @@ class Traffic:
         self.live: list[tuple[int, str, str, int | None]] = []
         """(slot, request, holder, claim)."""
         self.lapsed: set[tuple[int, str]] = set()
-        """(slot, request): the consumer had claimed it, and its session was lost."""
+        """(slot, request): the consumer had claimed it, and released it or lost its session."""
         self.refs: dict[int, EmbeddingRef] = {}
         self.claims = 0
         self.steps = [self.lend, self.again, self.claim, self.claim, self.release, self.tidy]
@@ -348,6 +348,7 @@ class Traffic:
     def release(self) -> None:
         number, session = self.draw.randrange(self.claims + 1), self.session()
         self.lender.release(session, wire.Release(number))
+        self.lapsed |= {x[:2] for x in self.live if x[2:] == (session, number)}
         self.live = [x for x in self.live if x[2:] != (session, number)]
 
     def cancel(self) -> None:

@@ -34,17 +34,34 @@ def test_a_consumer_that_was_held_up_may_claim_again_while_the_slot_is_there(
     assert isinstance(only(lender), wire.Denied)
 
 
-def test_neither_release_nor_cancel_can_be_claimed_again(lender: Lender) -> None:
-    released, cancelled, unclaimed = (embedding(lender, f"r{n}") for n in range(3))
-    claim(lender, released, 1, request="r0")
+def test_what_was_released_or_cancelled_cannot_be_claimed_again(lender: Lender) -> None:
+    released = lender.lend_kv(16, 16, 64, ("router", "r0"), 0.0)
+    cancelled, unclaimed = (embedding(lender, f"r{n}") for n in (1, 2))
+    lender.claim("consumer", wire.Claim(1, released, "r0"), 0.0)
     claim(lender, cancelled, 2, request="r1")
     lender.release("consumer", wire.Release(1))
     lender.session_lost("consumer")
     lender.cancel("r1", TriptychError("x"))
     lender.session_lost("router")
     for number, ref in enumerate((released, cancelled, unclaimed)):
-        claim(lender, ref, 10 + number, request=f"r{number}", session="late")
-        assert isinstance(only(lender), wire.Denied)
+        lender.claim("late", wire.Claim(10 + number, ref, f"r{number}"), 0.0)
+        denied = only(lender)
+        assert isinstance(denied, wire.Denied) and denied.error == "SlotGone"
+
+
+def test_an_embedding_that_was_released_can_while_it_is_there(lender: Lender) -> None:
+    ref = embedding(lender)
+    lender.ready(ref.slot, [wire.Piece(0, ref.nbytes)], last=True, note=b"")
+    for number in range(1, 4):
+        claim(lender, ref, number)
+        assert isinstance(only(lender), wire.Ready)
+        assert (lender.leases(ref.slot), lender.n_leases) == (1, 1)
+        lender.release("consumer", wire.Release(number))
+        assert lender.n_leases == 0
+    lender.cancel("r1", TriptychError("x"))  # its end
+    claim(lender, ref, 4)
+    assert isinstance(only(lender), wire.Denied)
+    lender.close_slot(ref.slot)
 
 
 def test_so_many_lapses_are_remembered(lender: Lender) -> None:

@@ -109,6 +109,9 @@ class Attention(Protocol):
     def place(self, place: int, blocks: Seq[int], computed: int) -> None:
         """A sequence has these blocks from now on; those behind ``computed`` tokens are new."""
 
+    def extend(self, place: int, blocks: Seq[int]) -> None:
+        """The sequence has these blocks as well, all of them new."""
+
     def plan(self, parts: Seq[Part], n_decodes: int) -> Context:
         """For one forward of these tokens, the first ``n_decodes`` parts of one token each."""
 
@@ -166,6 +169,15 @@ class SdpaAttention:
         self._tables[place] = row[-1]  # padding reads the sequence's own memory
         self._tables[place, : len(row)] = row
         self._kv.clear(self._blocks[place][-(-computed // self._kv.block_size) :])
+
+    def extend(self, place: int, blocks: Seq[int]) -> None:
+        """See ``Attention``."""
+        held = self._blocks[place]
+        row = torch.tensor(blocks, device=self._kv.device)
+        self._tables[place, len(held) :] = row[-1]
+        self._tables[place, len(held) : len(held) + len(row)] = row
+        held.extend(blocks)
+        self._kv.clear(blocks)
 
     def plan(self, parts: Seq[Part], n_decodes: int) -> StepContext:
         """See ``Attention``."""

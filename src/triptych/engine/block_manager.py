@@ -10,7 +10,7 @@ class BlockManager:
         self.n_blocks = n_blocks
         self.block_size = block_size
         self._free = list(range(n_blocks - 1, -1, -1))
-        self._held: dict[str, tuple[int, ...]] = {}
+        self._held: dict[str, list[int]] = {}
 
     @property
     def n_free(self) -> int:
@@ -23,18 +23,16 @@ class BlockManager:
         """Could ``n_tokens`` be held if nobody else held anything?"""
         return self.blocks_for(n_tokens) <= self.n_blocks
 
-    def allocate(self, holder: str, n_tokens: int) -> tuple[int, ...] | None:
-        """Blocks for ``n_tokens``, in the order of the prompt; None if too few are free.
-
-        A holder allocates once: everything it will ever need.
-        """
-        assert holder not in self._held, holder
-        count = self.blocks_for(n_tokens)
+    def grow(self, holder: str, n_tokens: int) -> tuple[int, ...] | None:
+        """All blocks of the holder, in the order of its tokens, once they have room for
+        ``n_tokens``; None, and nothing is taken, if too few are free."""
+        held = self._held.get(holder, [])
+        count = self.blocks_for(n_tokens) - len(held)
         if count > len(self._free):
             return None
-        blocks = tuple(self._free.pop() for _ in range(count))
-        self._held[holder] = blocks
-        return blocks
+        held.extend(self._free.pop() for _ in range(count))
+        self._held[holder] = held
+        return tuple(held)
 
     def release(self, holder: str) -> None:
         """Free everything that the holder has. Idempotent."""

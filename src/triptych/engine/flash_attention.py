@@ -47,7 +47,9 @@ class FlashAttention:
         self.heads: dict[Kind, int] = {}
         """Query heads of each kind of layer that the model has been seen to have."""
         self.placed = 0
-        """How often a table has changed."""
+        """How often a table has begun anew."""
+        self._counts = np.zeros(places, np.int64)
+        """Blocks of each table."""
         self.workspace = torch.empty(WORKSPACE_NBYTES, dtype=torch.uint8, device=kv.device)
         self._write = write
         self._layers = [(kv.data[:, i, 0], kv.data[:, i, 1]) for i in range(kv.data.shape[1])]
@@ -58,7 +60,20 @@ class FlashAttention:
     def place(self, place: int, blocks: Seq[int], computed: int) -> None:
         """See ``Attention``. What the blocks held before is never read: no need to clear it."""
         self._tables[place, : len(blocks)] = blocks
+        self._counts[place] = len(blocks)
         self.placed += 1
+
+    def extend(self, place: int, blocks: Seq[int]) -> None:
+        """See ``Attention``. Of no account to a plan that was made: none goes beyond its tables."""
+        count = self._counts[place]
+        self._tables[place, count : count + len(blocks)] = blocks
+        self._counts[place] += len(blocks)
+
+    def has_room(self, parts: Seq[Part]) -> bool:
+        """Are there blocks for all tokens of these?"""
+        counts = self._counts[[part.place for part in parts]]
+        stops = np.array([part.stop for part in parts])
+        return bool((stops <= counts * self.kv.block_size).all())
 
     def plan(self, parts: Seq[Part], n_decodes: int) -> FlashContext:
         """See ``Attention``."""
@@ -211,8 +226,7 @@ class DecodeStep(Step):
     def foresee(self, parts: Seq[Part]) -> None:
         """While the device computes these: plan for one token more of each, as it mostly comes."""
         then = [Part(part.place, part.start + 1, part.stop + 1) for part in parts]
-        room = self.attention.max_blocks * self.attention.kv.block_size
-        if all(part.stop <= room for part in then):
+        if self.attention.has_room(then):
             self._load(then)
 
     def _load(self, parts: Seq[Part]) -> None:

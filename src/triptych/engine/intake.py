@@ -44,6 +44,7 @@ class Intake:
             items=items,
             keep_kv=message.keep_kv,
             output=list(resumed),
+            resumed=len(resumed),
         )
         prompt = Prompt.build(self._model, message.token_ids, message.items, row_positions, resumed)
         sequence.next_position = prompt.next_position
@@ -78,6 +79,8 @@ class Intake:
             computed=message.n_prompt,
             output=[*message.resumed, message.first.token],
             next_position=message.next_position,
+            resumed=len(message.resumed),
+            reserved=True,
             scheduled=now,
         )
 

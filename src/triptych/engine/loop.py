@@ -36,12 +36,13 @@ from triptych.engine.messages import (
 )
 from triptych.engine.outbox import Outbox
 from triptych.engine.sampler import Sampled
-from triptych.engine.scheduler import Scheduler, Work
-from triptych.engine.sequence import Phase, Reservation, Sequence
+from triptych.engine.scheduler import Schedule, Scheduler, Work
+from triptych.engine.sequence import Phase, Reservation, Rows, Sequence
 from triptych.engine.withheld import Withheld
 from triptych.errors import TriptychError, WorkerLost
 from triptych.models.language import LanguageModel
 from triptych.models.stream import drain, failure
+from triptych.observe import metrics
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class Engine:
         busy = False
         while self._take_messages(wait=not busy):
             schedule = self._scheduler.schedule()
+            self._rearrange(schedule)
             self._grant(schedule.granted)
             if schedule.work:
                 self._step(schedule.work)
@@ -181,6 +183,18 @@ class Engine:
             case Cancel():
                 self._end(message.request_id)
 
+    def _rearrange(self, schedule: Schedule) -> None:
+        for sequence in schedule.preempted:
+            # What was withheld goes too: it will be computed again.
+            self._withheld.forget(sequence.request_id)
+            self._runner.preempt(sequence.request_id, sequence.output)
+            metrics.preemptions.inc()
+            now = time.time()
+            self._out.span(sequence.request_id, "preempted", now, now)
+        for sequence, item in schedule.returned:
+            self._give_back(sequence.request_id, item)
+        self._out.wanted += [(sequence.request_id, item) for sequence, item in schedule.wanted]
+
     def _step(self, work: Seq[Work]) -> None:
         started = time.time()
         for sequence in (w.sequence for w in work):
@@ -222,15 +236,18 @@ class Engine:
             self._out.consumed.append((message.request_id, message.item))
             return
         item = sequence.items[message.item]
-        assert not item.landed, "an image lands once"
-        item.landed, item.borrowed = True, message.borrowed
+        assert item.where is not Rows.LANDED, "an image lands once"
+        if item.where is Rows.RETURNED and not message.borrowed:
+            self._out.consumed.append((message.request_id, message.item))
+            return
+        item.where, item.borrowed = Rows.LANDED, message.borrowed
         self._runner.land(message.request_id, message.item, message.rows)
 
     def _roll_back(self, message: Lapsed) -> None:
         sequence = self._sequences.get(message.request_id)
         if sequence is None:
             return
-        sequence.items[message.item].landed = False
+        sequence.items[message.item].where = Rows.ASKED
         self._runner.drop_rows(message.request_id, message.item)
         dropped = self._withheld.roll_back(message.request_id, message.item)
         if dropped is not None:
@@ -286,8 +303,9 @@ class Engine:
             sequence.request_id, "prefill", started, ended, f"tokens {work.start}..{stop}"
         )
         for index, item in enumerate(sequence.items):
-            if item.stop <= stop and not item.consumed:
-                self._consume(sequence, index)
+            if item.stop <= stop and item.where is Rows.LANDED:
+                item.where = Rows.USED
+                self._give_back(sequence.request_id, index)
         if sequence.keep_kv:
             size = self.kv.block_size
             n_blocks = len(sequence.blocks) if work.samples else stop // size
@@ -319,10 +337,9 @@ class Engine:
 
     # -------------------------------------------------------------- ends
 
-    def _consume(self, sequence: Sequence, index: int) -> None:
-        sequence.items[index].consumed = True
-        self._runner.drop_rows(sequence.request_id, index)
-        self._out.consumed.append((sequence.request_id, index))
+    def _give_back(self, request_id: str, item: int) -> None:
+        self._runner.drop_rows(request_id, item)
+        self._out.consumed.append((request_id, item))
 
     def _end(self, request_id: str) -> None:
         """Forget the request and free what it holds. Idempotent."""
@@ -330,8 +347,8 @@ class Engine:
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             for index, item in enumerate(sequence.items):
-                if item.landed and not item.consumed:
-                    self._consume(sequence, index)
+                if item.where is Rows.LANDED:
+                    self._give_back(request_id, index)
             sequence.become(Phase.ENDED)
         self._withheld.forget(request_id)
         self._scheduler.end(request_id)

@@ -37,7 +37,7 @@ class AddRequest:
 
 @dataclass(frozen=True, slots=True)
 class ItemLanded:
-    """An image's embedding is in this process's memory.
+    """An image's embedding is in this process's memory, asked for (``StepOutput.wanted``) or not.
 
     The engine reads ``rows`` in place; every ``ItemLanded`` is answered by one entry of
     ``StepOutput.consumed``, also when the request has ended, and the memory is free from then on.
@@ -155,6 +155,10 @@ class StepOutput:
     used: tuple[Used, ...] = ()
     consumed: tuple[tuple[str, int], ...] = ()
     """(request id, item) whose landed rows will not be read again."""
+    wanted: tuple[tuple[str, int], ...] = ()
+    """(request id, item) whose rows are to land, the most urgent first. Asked again for rows that
+    were ``consumed``, if their request has to be computed once more; to be handled after
+    ``consumed``. Nothing is to be done for rows that are on their way."""
     failed: tuple[tuple[str, TriptychError], ...] = ()
     reserved: tuple[Reserved, ...] = ()
     spans: tuple[tuple[str, Span], ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,8 @@ class Prompt:
     """The same as (rows,) int64."""
     first_rows: list[int]
     """Number of the first row of each image, and the number of all rows."""
+    n_answered: int = 0
+    """Tokens of the answer behind the prompt."""
     landed: dict[int, Tensor] = field(default_factory=dict)
     """By image: (planes, rows, width)."""
 
@@ -60,15 +62,26 @@ class Prompt:
         positions, next_position = model.positions(
             list(token_ids), grids["image"], grids["video"], seconds
         )
-        answered = torch.arange(next_position, next_position + len(resumed))
-        positions = torch.cat([positions, answered.expand(len(positions), -1)], 1)
-        return cls(
-            ids=torch.tensor([*token_ids, *resumed], device=model.device),
+        prompt = cls(
+            ids=torch.tensor(token_ids, device=model.device),
             positions=positions.to(model.device),
             next_position=next_position,
             row_positions=row_positions,
             row_index=torch.tensor(row_positions, dtype=torch.int64, device=model.device),
             first_rows=[0, *accumulate(span.rows for span in spans)],
+        )
+        return prompt.answered(resumed)
+
+    def answered(self, answer: Seq[int]) -> Prompt:
+        """With all of the answer's tokens behind it, of which it may have the first already."""
+        new = answer[self.n_answered :]
+        device, first = self.ids.device, self.next_position + self.n_answered
+        positions = torch.arange(first, first + len(new), device=device)
+        return replace(
+            self,
+            ids=torch.cat([self.ids, torch.tensor(new, dtype=torch.int64, device=device)]),
+            positions=torch.cat([self.positions, positions.expand(len(self.positions), -1)], 1),
+            n_answered=len(answer),
         )
 
     def rows(self, first: int, last: int) -> Tensor:
@@ -80,6 +93,14 @@ class Prompt:
                 parts.append((start, rows[:, max(first, start) - start : min(last, stop) - start]))
         parts.sort(key=lambda part: part[0])
         return torch.cat([rows for _, rows in parts], 1)
+
+
+@dataclass(slots=True)
+class _Table:
+    """What ``attention`` has been told of a sequence."""
+
+    place: int
+    n_blocks: int
 
 
 @dataclass(slots=True)
@@ -105,7 +126,7 @@ class Runner:
         self._device = model.device
         self._prompts: dict[str, Prompt] = {}
         self._free_places = list(range(places))
-        self._places: dict[str, int] = {}
+        self._tables: dict[str, _Table] = {}
 
     # -------------------------------------------------------------- requests
 
@@ -129,12 +150,21 @@ class Runner:
         """The image's rows are not needed any more."""
         self._prompts[request_id].landed.pop(item, None)
 
+    def preempt(self, request_id: str, answer: Seq[int]) -> None:
+        """Its blocks are gone: it will be computed again from its first token, in others, and the
+        answer so far with its prompt."""
+        self._prompts[request_id] = self._prompts[request_id].answered(answer)
+        self._leave_place(request_id)
+
     def forget(self, request_id: str) -> None:
         """Nothing more is computed for the request. Idempotent."""
         self._prompts.pop(request_id, None)
-        place = self._places.pop(request_id, None)
-        if place is not None:
-            self._free_places.append(place)
+        self._leave_place(request_id)
+
+    def _leave_place(self, request_id: str) -> None:
+        table = self._tables.pop(request_id, None)
+        if table is not None:
+            self._free_places.append(table.place)
 
     # -------------------------------------------------------------- a step
 
@@ -224,9 +254,15 @@ class Runner:
             batch.rows.append(prompt.rows(row, last_row))
 
     def _place(self, sequence: Sequence) -> int:
-        """The sequence's place in the block tables, given when it is first computed."""
-        place = self._places.get(sequence.request_id)
-        if place is None:
-            place = self._places[sequence.request_id] = self._free_places.pop()
-            self._attention.place(place, sequence.blocks, sequence.computed)
-        return place
+        """The sequence's place in the block tables, given when it is first computed. The table
+        follows the sequence's blocks, which only become more."""
+        blocks = sequence.blocks
+        table = self._tables.get(sequence.request_id)
+        if table is None:
+            table = _Table(self._free_places.pop(), len(blocks))
+            self._tables[sequence.request_id] = table
+            self._attention.place(table.place, blocks, sequence.computed)
+        elif table.n_blocks < len(blocks):
+            self._attention.extend(table.place, blocks[table.n_blocks :])
+            table.n_blocks = len(blocks)
+        return table.place

@@ -1,23 +1,43 @@
 """What the next step computes. Plain data in and out: no torch, no clock, no I/O.
 
-A sequence first waits in ``queue`` for its blocks and a running place, strictly in order of
-arrival, so that a large one is never overtaken forever. It is given all blocks it will ever need
-at once; nothing is preempted. A reservation needs blocks only; the sequence that takes it over
-waits in ``starting`` for a place, before anything that is still queued.
+A sequence first waits in ``queue`` for a running place and for room, strictly in order of arrival,
+so that a large one is never overtaken forever. There is room when its prompt, and all prompts that
+run already, fit what is free: blocks are taken as a sequence grows, and only answers may want more
+than there is. Then the youngest running sequence is *preempted*: it gives its blocks back, waits in
+the queue, where it is before all that came later, and is computed again from its first token. So
+the oldest always goes on, and everything ends.
+
+Never preempted are a sequence that took over a reservation, which has its blocks from the start,
+and one whose KV is kept for a consumer, who may be reading its first blocks while the last are
+computed: they cannot be given to anybody else. What such a prompt still needs is nobody else's.
+A reservation needs blocks only; the sequence that takes it over waits in ``starting`` for a place,
+before anything that is still queued.
 
 A step takes one token of every decoding sequence, then chunks of prompts. Prompts whose images
-have all landed go first; the others fill what is left, up to their first row that has not landed.
-There are never more running sequences than tokens in a step: decodes leave room for a prompt.
+have all landed go first; the others fill what is left, up to their first row that has not landed,
+and make nobody give up his blocks. There are never more running sequences than tokens in a step:
+decodes leave room for a prompt.
+
+Images are asked for as late as the link allows: those of running sequences and, ahead, those of
+prompts that the next few steps may reach.
 """
 
 from __future__ import annotations
 
+import itertools
+from bisect import insort
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 from triptych.engine.block_manager import BlockManager
-from triptych.engine.sequence import Phase, Reservation, Sequence
+from triptych.engine.sequence import Phase, Reservation, Rows, Sequence
 from triptych.errors import PromptTooLong
+
+READ_AHEAD = 8
+"""Steps whose prompts may have their images brought before they run."""
+_by_order = attrgetter("order")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +58,23 @@ class Work:
         return self.start >= self.sequence.n_prompt
 
 
+Image = tuple[Sequence, int]
+"""One of a sequence's, by index."""
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    work: tuple[Work, ...]
-    """Decodes first, then prompt chunks."""
+    """To be carried out in the order of the fields; ``work`` last."""
+
+    preempted: tuple[Sequence, ...]
+    returned: tuple[Image, ...]
+    """Images whose rows are here and are to be given back."""
+    wanted: tuple[Image, ...]
+    """Images to be brought, the most urgent first."""
     granted: tuple[Reservation, ...]
     """Reservations that now have their blocks."""
+    work: tuple[Work, ...]
+    """Decodes first, then prompt chunks."""
 
 
 class Scheduler:
@@ -51,22 +82,27 @@ class Scheduler:
         self.blocks = blocks
         self.chunk_tokens = chunk_tokens
         self.places = min(max_sequences, chunk_tokens)
-        self.queue: deque[Sequence | Reservation] = deque()
+        self.queue: list[Sequence | Reservation] = []
+        """By ``order``, as ``running`` is."""
         self.reserved: dict[str, Reservation] = {}
         self.starting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._order = itertools.count(1)
+        self._preempted: list[Sequence] = []
+        self._returned: list[Image] = []
 
     def add(self, entry: Sequence | Reservation) -> None:
         """Queue it. Raises PromptTooLong if it does not fit even an empty cache."""
         if not self.blocks.fits(entry.n_tokens):
             room = self.blocks.n_blocks * self.blocks.block_size
             raise PromptTooLong(f"{entry.n_tokens} tokens do not fit the KV cache of {room} tokens")
+        entry.order = next(self._order)
         self.queue.append(entry)
 
     def start(self, sequence: Sequence) -> None:
         """A decoding sequence takes over the blocks of its granted reservation."""
         reservation = self.reserved.pop(sequence.request_id)
-        sequence.blocks = reservation.blocks
+        sequence.blocks, sequence.order = reservation.blocks, reservation.order
         self.starting.append(sequence)
 
     def keep(self, sequence: Sequence) -> None:
@@ -76,7 +112,7 @@ class Scheduler:
 
     def end(self, request_id: str) -> None:
         """Forget the request, wherever it is, and free its blocks. Idempotent."""
-        self.queue = deque(entry for entry in self.queue if entry.request_id != request_id)
+        self.queue = [entry for entry in self.queue if entry.request_id != request_id]
         self.starting = deque(entry for entry in self.starting if entry.request_id != request_id)
         self.running = [entry for entry in self.running if entry.request_id != request_id]
         self.reserved.pop(request_id, None)
@@ -92,38 +128,145 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         granted = self._admit()
-        work = [
-            Work(sequence, sequence.computed, sequence.computed + 1)
-            for sequence in self.running
-            if sequence.phase is Phase.DECODE
-        ]
-        budget = self.chunk_tokens - len(work)
-        prompts = [sequence for sequence in self.running if sequence.phase is Phase.PREFILL]
-        prompts.sort(key=lambda sequence: not sequence.complete)
-        for sequence in prompts:
-            stop = min(sequence.ready_until, sequence.computed + budget)
-            if stop > sequence.computed:
-                work.append(Work(sequence, sequence.computed, stop))
-                budget -= stop - sequence.computed
-        return Schedule(tuple(work), granted)
+        work = self._work()
+        wanted = tuple(self._wanted())
+        preempted, self._preempted = tuple(self._preempted), []
+        returned, self._returned = tuple(self._returned), []
+        return Schedule(preempted, returned, wanted, granted, work)
+
+    # ------------------------------------------------------------------ who runs
 
     def _admit(self) -> tuple[Reservation, ...]:
         granted: list[Reservation] = []
         while self.starting and len(self.running) < self.places:
-            self.running.append(self.starting.popleft())
+            insort(self.running, self.starting.popleft(), key=_by_order)
+        room = self.blocks.n_free - sum(self._needs(sequence) for sequence in self.running)
         while self.queue:
             entry = self.queue[0]
             if isinstance(entry, Sequence) and len(self.running) >= self.places:
                 break
-            blocks = self.blocks.allocate(entry.request_id, entry.n_tokens)
-            if blocks is None:
+            needs = self._needs(entry)
+            if needs > room:
                 break
-            self.queue.popleft()
-            entry.blocks = blocks
+            room -= needs
+            self.queue.pop(0)
             if isinstance(entry, Sequence):
                 entry.become(Phase.PREFILL)
-                self.running.append(entry)
+                insort(self.running, entry, key=_by_order)
             else:
+                blocks = self.blocks.grow(entry.request_id, entry.n_tokens)
+                assert blocks is not None, "there was room"
+                entry.blocks = blocks
                 self.reserved[entry.request_id] = entry
                 granted.append(entry)
         return tuple(granted)
+
+    def _needs(self, entry: Sequence | Reservation) -> int:
+        """Blocks that it is still to be given without asking what others do: of a reservation all,
+        of a sequence those up to its next sampled token, which is computed too if it goes on."""
+        n_tokens = entry.n_tokens
+        if isinstance(entry, Sequence):
+            n_tokens = min(entry.n_prompt + 1, n_tokens)
+        return max(0, self.blocks.blocks_for(n_tokens) - len(entry.blocks))
+
+    # ------------------------------------------------------------------ what a step computes
+
+    def _work(self) -> tuple[Work, ...]:
+        decodes: list[Work] = []
+        chunks: list[Work] = []
+        budget = self.chunk_tokens - sum(s.phase is Phase.DECODE for s in self.running)
+        first = [s for s in self.running if s.phase is Phase.DECODE or s.complete]
+        fill = [s for s in self.running if s.phase is Phase.PREFILL and not s.complete]
+        for sequence in first:
+            if sequence.phase is Phase.DECODE:
+                start = sequence.computed
+                if self._reach(sequence, start + 1, preempts=True) > start:
+                    decodes.append(Work(sequence, start, start + 1))
+            elif sequence.phase is Phase.PREFILL:  # or preempted a moment ago
+                budget -= self._chunk(sequence, budget, chunks, preempts=True)
+        for sequence in fill:
+            if sequence.phase is Phase.PREFILL:
+                budget -= self._chunk(sequence, budget, chunks, preempts=False)
+        for sequence in [work.sequence for work in decodes]:
+            # One block ahead, so that the step after this can be planned while this one computes.
+            self._reach(sequence, min(sequence.computed + 2, sequence.n_tokens), preempts=False)
+        return (*decodes, *chunks)
+
+    def _chunk(self, sequence: Sequence, budget: int, chunks: list[Work], *, preempts: bool) -> int:
+        """Tokens of the chunk that was added, 0 if there is none."""
+        start = sequence.computed
+        stop = min(sequence.ready_until, start + budget)
+        if stop > start:
+            stop = self._reach(sequence, stop, preempts=preempts)
+        if stop > start:
+            chunks.append(Work(sequence, start, stop))
+        return max(0, stop - start)
+
+    def _reach(self, sequence: Sequence, stop: int, *, preempts: bool) -> int:
+        """Take blocks up to token ``stop``, from younger ones too if it ``preempts``; the token
+        that there are blocks for, ``stop`` at most."""
+        size = self.blocks.block_size
+        if stop <= len(sequence.blocks) * size:
+            return stop
+        while (room := self._room(sequence) * size) < stop and preempts:
+            victim = self._victim(sequence)
+            if victim is None:
+                break
+            self._preempt(victim)
+        stop = min(stop, room)
+        if stop > len(sequence.blocks) * size:
+            blocks = self.blocks.grow(sequence.request_id, stop)
+            assert blocks is not None, "there was room"
+            sequence.blocks = blocks
+        return stop
+
+    def _room(self, sequence: Sequence) -> int:
+        """Blocks that the sequence has or could take, without what kept prompts still need."""
+        held = len(sequence.blocks)
+        if sequence.reserved:
+            return held
+        kept = sum(self._needs(s) for s in self.running if s.keep_kv and s is not sequence)
+        return held + max(0, self.blocks.n_free - kept)
+
+    def _victim(self, sequence: Sequence) -> Sequence | None:
+        """Who gives its blocks up for it: the youngest of those that are younger."""
+        younger = (
+            other
+            for other in self.running
+            if other.order > sequence.order
+            and other.blocks
+            and not (other.keep_kv or other.reserved)
+        )
+        return max(younger, key=_by_order, default=None)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Rows that were brought ahead go back as well: it will ask for its own, and nobody behind
+        it may hold the room that they need."""
+        self.running.remove(sequence)
+        self.blocks.release(sequence.request_id)
+        self._returned += [(sequence, item) for item in sequence.preempt()]
+        for other in self.queue:
+            if isinstance(other, Sequence):
+                self._returned += [(other, item) for item in other.give_back()]
+        insort(self.queue, sequence, key=_by_order)
+        self._preempted.append(sequence)
+
+    # ------------------------------------------------------------------ embeddings
+
+    def _wanted(self) -> Iterator[Image]:
+        ahead = READ_AHEAD * self.chunk_tokens
+        for sequence in self.running:
+            ahead -= max(0, sequence.n_prompt - sequence.computed)
+            yield from self._ask(sequence)
+        for entry in self.queue:
+            if ahead <= 0:
+                break
+            if isinstance(entry, Sequence):
+                ahead -= entry.n_prompt
+                yield from self._ask(entry)
+
+    def _ask(self, sequence: Sequence) -> Iterator[Image]:
+        for index, item in enumerate(sequence.items):
+            if item.where in (Rows.AWAY, Rows.RETURNED):
+                item.where = Rows.ASKED
+                yield sequence, index

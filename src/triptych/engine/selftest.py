@@ -20,7 +20,7 @@ from triptych.engine.block_manager import BlockManager
 from triptych.engine.kv_cache import KVShape
 from triptych.engine.runner import Prompt
 from triptych.engine.scheduler import Scheduler
-from triptych.engine.sequence import Item, Phase, Sequence
+from triptych.engine.sequence import Item, Phase, Rows, Sequence
 from triptych.errors import UnsupportedModel
 from triptych.models.language import LanguageModel
 from triptych.request import Sampling
@@ -113,7 +113,7 @@ def _by_the_engine(
     runner = compute.runner
     for probe in PROBES:
         first, last = probe.n_before, probe.n_before + probe.n_rows
-        items = (Item(first, last, probe.n_rows, landed=True),) if probe.n_rows else ()
+        items = (Item(first, last, probe.n_rows, Rows.LANDED),) if probe.n_rows else ()
         n_prompt, prompt = probe.n_tokens, prompts[probe.name]
         sequence = Sequence(probe.name, n_prompt, n_tokens[probe.name], ANSWER, 0.0, items)
         sequence.next_position = prompt.next_position

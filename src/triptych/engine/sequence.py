@@ -21,11 +21,21 @@ class Phase(enum.Enum):
 
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.QUEUED: frozenset({Phase.PREFILL, Phase.ENDED}),
-    Phase.PREFILL: frozenset({Phase.DECODE, Phase.KEPT, Phase.ENDED}),
+    Phase.PREFILL: frozenset({Phase.DECODE, Phase.KEPT, Phase.QUEUED, Phase.ENDED}),
     Phase.KEPT: frozenset({Phase.ENDED}),
-    Phase.DECODE: frozenset({Phase.ENDED}),
+    Phase.DECODE: frozenset({Phase.QUEUED, Phase.ENDED}),
     Phase.ENDED: frozenset(),
 }
+
+
+class Rows(enum.Enum):
+    """Where an item's embedding is, as far as its sequence is concerned."""
+
+    AWAY = "nobody has been asked for it"
+    ASKED = "it is to be brought"
+    LANDED = "it can be read"
+    RETURNED = "it was given back unread, or is as soon as it lands"
+    USED = "its KV exists: it was given back"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +61,14 @@ class Item:
     start: int
     stop: int
     rows: int
-    landed: bool = False
+    where: Rows = Rows.AWAY
     borrowed: bool = False
     """Its rows are in their producer's memory."""
-    consumed: bool = False
+
+    @property
+    def settled(self) -> bool:
+        """Nothing has to be waited for."""
+        return self.where in (Rows.LANDED, Rows.USED)
 
 
 @dataclass(eq=False, slots=True)
@@ -65,6 +79,8 @@ class Reservation:
     n_tokens: int
     arrived: float
     blocks: tuple[int, ...] = ()
+    order: int = 0
+    """Of arrival."""
 
 
 @dataclass(eq=False, slots=True)
@@ -75,7 +91,7 @@ class Sequence:
     n_prompt: int
     """Tokens that are given, not sampled: the prompt, and what was ``resumed`` of the answer."""
     n_tokens: int
-    """What its blocks must hold."""
+    """What its blocks must hold in the end."""
     sampling: Sampling
     arrived: float
     """Wall-clock seconds."""
@@ -87,6 +103,12 @@ class Sequence:
     next_position: int = 0
     """Position id of the first generated token, equal on every M-RoPE axis."""
     blocks: tuple[int, ...] = ()
+    order: int = 0
+    """Of arrival."""
+    resumed: int = 0
+    """Tokens of ``output`` that ``n_prompt`` counts."""
+    reserved: bool = False
+    """Its blocks were: it has all it will ever need, and is never preempted."""
     scheduled: float | None = None
     """When it was first part of a step, wall-clock seconds; None: not yet."""
     decoding_since: float | None = None
@@ -97,15 +119,40 @@ class Sequence:
         assert phase in TRANSITIONS[self.phase], f"{self.phase} -> {phase}"
         self.phase = phase
 
+    def preempt(self) -> list[int]:
+        """Back to the queue without blocks: what there is of the answer is prompt from now on.
+        The images whose rows are to be given back; those that are lent where they are cost
+        nothing here and stay."""
+        self.become(Phase.QUEUED)
+        self.computed, self.blocks = 0, ()
+        self.n_prompt += len(self.output) - self.resumed
+        self.resumed = len(self.output)
+        for item in self.items:
+            if item.where is Rows.USED:
+                item.where = Rows.AWAY
+        return self.give_back()
+
+    def give_back(self) -> list[int]:
+        """The images whose rows are here; they, and those that are still to come, are let go
+        until they are asked for again. Those that are lent where they are stay."""
+        here = []
+        for index, item in enumerate(self.items):
+            if item.where is Rows.LANDED and not item.borrowed:
+                here.append(index)
+                item.where = Rows.RETURNED
+            elif item.where is Rows.ASKED:
+                item.where = Rows.RETURNED
+        return here
+
     @property
     def complete(self) -> bool:
         """Every image has landed."""
-        return all(item.landed for item in self.items)
+        return all(item.settled for item in self.items)
 
     @property
     def ready_until(self) -> int:
         """Prompt tokens before the first row that has not landed."""
-        return next((item.start for item in self.items if not item.landed), self.n_prompt)
+        return next((item.start for item in self.items if not item.settled), self.n_prompt)
 
     def borrowed_between(self, start: int, stop: int) -> tuple[int, ...]:
         """Images whose borrowed rows stand between these positions."""

@@ -63,7 +63,7 @@ class LanguageService:
 
     def cancel(self, request_id: str) -> None:
         if self._held.pop(request_id, None) is not None:
-            self.host.feed.cancel(request_id)
+            self.host.feed.end(request_id)
             self.host.engine.submit(Cancel(request_id))
 
     def _on_output(self, output: StepOutput) -> None:

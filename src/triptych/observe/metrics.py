@@ -128,6 +128,10 @@ def export_usage(name: str, pool: HasUsage) -> None:
     _pools.pools[name] = weakref.ref(pool)
 
 
+preemptions = Counter(
+    "triptych_preemptions", "Sequences that gave their KV blocks to older ones, to start again."
+)
+
 leases = Gauge("triptych_leases", "Leases on slots that this process lends.")
 leases_expired = Counter("triptych_leases_expired", "Leases that ended by their holder's silence.")
 lent = Counter(

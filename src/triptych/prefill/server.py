@@ -140,7 +140,7 @@ class PrefillService:
         request_id = self._requests.pop(number, None)
         if request_id is not None:
             del self._slots[request_id]
-            self.host.feed.cancel(request_id)
+            self.host.feed.end(request_id)
             self.host.engine.submit(Cancel(request_id))
         self.producer.close_slot(number)
 

@@ -50,6 +50,8 @@ class Call:
     tries: int = 0
     failures: int = 0
     """Tries that have failed since the answer last went on."""
+    let_go: int = 0
+    """Tries since then that missed an embedding which its encoder had let go."""
     patient: bool = False
     """An encoder had no room at once: from now on the request waits in line."""
     avoided: set[str] = field(default_factory=set)

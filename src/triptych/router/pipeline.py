@@ -12,6 +12,7 @@ from triptych.errors import (
     DeadlineExceeded,
     NoRoom,
     PromptTooLong,
+    SlotGone,
     TriptychError,
     UnsupportedModel,
 )
@@ -34,6 +35,8 @@ from triptych.router.timelines import Timelines
 
 RETRIES = 2
 """More tries that a request gets on other workers; the count begins anew with every token."""
+ENCODINGS = 8
+"""More tries that it gets because embeddings were let go that had to be read again, likewise."""
 
 
 class Pipeline:
@@ -196,7 +199,7 @@ class Pipeline:
         first_token = 0.0
         while True:
             events = await attempt.inbox.take()
-            call.failures = 0
+            call.failures = call.let_go = 0
             if not first_token:
                 first_token = time.time()
                 attempt.discharge("encoder", "prefill")
@@ -233,6 +236,13 @@ class Pipeline:
         if isinstance(failure.error, NoRoom) and not call.patient:
             call.patient = True
             return
+        if isinstance(failure.error, SlotGone) and failure.error.item is not None:
+            # Its encoder may have it again, and is not to blame: it needed the room.
+            call.let_go += 1
+            if call.let_go > ENCODINGS:
+                raise failure.error
+            self._note_retry(call, "encoder", failure)
+            return
         worker = attempt.suspect(failure)
         call.avoided.add(worker.worker_id)
         call.failures += 1
@@ -242,7 +252,10 @@ class Pipeline:
             or not attempt.may_be_replaced(worker, call.avoided)
         ):
             raise failure.error
-        metrics.retries.labels(worker.role).inc()
+        self._note_retry(call, worker.role, failure)
+
+    def _note_retry(self, call: Call, role: str, failure: StageFailed) -> None:
+        metrics.retries.labels(role).inc()
         note = f"{type(failure.error).__name__}: {failure.error.message}"
         self._timelines.own(
             call.request_id, "retry", time.time(), note=f"after {len(call.tokens)} tokens: {note}"

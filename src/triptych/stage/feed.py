@@ -1,21 +1,25 @@
-"""Brings the embeddings of a request to the engine, one image at a time.
+"""Brings the embeddings that the engine asks for, one image at a time.
 
 Where the encoder's memory can be mapped, the engine reads the rows in place; after every step that
 did, their owner is asked whether they were right, and what was computed from them counts only
 then. Rows that were not are borrowed again and computed again. Otherwise, for each image: room in
 the landing area, then a pull from its encoder, then the rows go to the engine as a view of the
 landing area. The engine says when it has used (or dropped) them, and loan or room are given back.
-Room is taken in the order of the requests and of their images, so that nobody waits for room that
-is held by somebody who waits for him.
+Room is taken in the order in which the engine asks, which is that in which it computes, so that
+nobody waits for room that is held by somebody who waits for him. Rows that were given back may be
+asked for again: they are claimed once more, and if their encoder has let go of them the request
+ends with SlotGone, upon which the router has them encoded again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import operator
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,6 +39,17 @@ OnFailed = Callable[[str, TriptychError], None]
 OnSpans = Callable[[str, Sequence[Span]], None]
 MOST_LAPSES = 3
 """So often are an image's rows borrowed again before its request fails."""
+
+
+@dataclass
+class _Request:
+    """What the engine may ask for."""
+
+    items: tuple[wire.PrefillItem, ...]
+    coming: set[int] = field(default_factory=set)
+    """Images that are on their way."""
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    """What is under way for it."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +84,9 @@ class EmbeddingFeed:
         self._on_failed = on_failed
         self._on_spans = on_spans
         self._turn = asyncio.Lock()
-        """Held by the request that takes room. The engine admits requests in the same order, so
-        whoever holds room is, or will be, ahead of whoever waits for it."""
-        self._tasks: dict[str, set[asyncio.Task[None]]] = {}
-        """What is under way for each request."""
+        """Held by the request that takes room. Whoever holds room was asked for before whoever
+        waits for it."""
+        self._requests: dict[str, _Request] = {}
         self._extents: dict[tuple[str, int], Extent] = {}
         """Landed rows that the engine holds, by (request id, image)."""
         self._borrowed: dict[tuple[str, int], _Borrowed] = {}
@@ -92,17 +106,33 @@ class EmbeddingFeed:
                 )
 
     def start(self, request_id: str, items: Sequence[wire.PrefillItem]) -> None:
+        """The engine may ask for these from now on, until ``end``."""
         if items:
-            self._run(request_id, self._bring_all(request_id, tuple(items)))
+            self._requests[request_id] = _Request(tuple(items))
+
+    def wanted(self, asked: Iterable[tuple[str, int]]) -> None:
+        """The engine is to have these, (request id, image), the most urgent first."""
+        for request_id, group in itertools.groupby(asked, key=operator.itemgetter(0)):
+            request = self._requests.get(request_id)
+            if request is None:
+                continue
+            missing = [i for _, i in group if not self._has(request_id, request, i)]
+            if missing:
+                request.coming.update(missing)
+                self._run(request_id, self._bring_all(request_id, request, missing))
 
     def used(self, used: Used) -> None:
         """The engine has read borrowed rows: ask their owners whether they were right."""
-        self._run(used.request_id, self._prove(used))
+        if used.request_id in self._requests:
+            self._run(used.request_id, self._prove(used))
 
-    def cancel(self, request_id: str) -> None:
-        """Stop what is under way; rows the engine holds come back through ``consumed``."""
-        for task in self._tasks.pop(request_id, ()):
-            task.cancel()
+    def end(self, request_id: str) -> None:
+        """Stop what is under way; rows the engine holds come back through ``consumed``.
+        Idempotent."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            for task in request.tasks:
+                task.cancel()
 
     def consumed(self, request_id: str, item: int) -> None:
         """The engine will not touch these rows again."""
@@ -112,36 +142,36 @@ class EmbeddingFeed:
             borrowed.loan.release()
 
     async def close(self) -> None:
-        tasks = [task for tasks in self._tasks.values() for task in tasks]
+        tasks = [task for request in self._requests.values() for task in request.tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _has(self, request_id: str, request: _Request, index: int) -> bool:
+        """The engine has it, or will."""
+        key = (request_id, index)
+        return index in request.coming or key in self._extents or key in self._borrowed
+
     def _run(self, request_id: str, work: Coroutine[None, None, None]) -> None:
         """As a task that ends with the request."""
+        tasks = self._requests[request_id].tasks
         task = asyncio.create_task(work)
-        tasks = self._tasks.setdefault(request_id, set())
         tasks.add(task)
-
-        def ended(task: asyncio.Task[None]) -> None:
-            tasks.discard(task)
-            if not tasks and self._tasks.get(request_id) is tasks:
-                del self._tasks[request_id]
-
-        task.add_done_callback(ended)
+        task.add_done_callback(tasks.discard)
 
     # ------------------------------------------------------------------ to the engine
 
-    async def _bring_all(self, request_id: str, items: tuple[wire.PrefillItem, ...]) -> None:
+    async def _bring_all(self, request_id: str, request: _Request, indices: Sequence[int]) -> None:
         room: dict[int, Extent] = {}
         try:
             async with asyncio.TaskGroup() as pulls, self._turn:
-                for index, item in enumerate(items):
+                for index in indices:
+                    item = request.items[index]
                     if not self._consumer.in_place(item.ref.owner):
                         room[index] = await self._landing.allocate(
                             item.meta.nbytes, self._timeouts.pool
                         )
-                    pulls.create_task(self._bring(request_id, index, item, room))
+                    pulls.create_task(self._bring(request_id, request, index, room))
         except* TriptychError as group:
             self._on_failed(request_id, first_error(group))
         finally:
@@ -151,9 +181,10 @@ class EmbeddingFeed:
                 self._landing.free(extent)
 
     async def _bring(
-        self, request_id: str, index: int, item: wire.PrefillItem, room: dict[int, Extent]
+        self, request_id: str, request: _Request, index: int, room: dict[int, Extent]
     ) -> None:
         """Where nobody had spoken to the encoder yet, room was taken that may not be needed."""
+        item = request.items[index]
         try:
             if await self._consumer.opens_in_place(item.ref.owner, self._timeouts.embedding):
                 if index in room:
@@ -167,6 +198,8 @@ class EmbeddingFeed:
             if exc.item is None:
                 exc.item = index
             raise
+        finally:
+            request.coming.discard(index)
 
     async def _copy(
         self, request_id: str, index: int, item: wire.PrefillItem, room: dict[int, Extent]
@@ -257,16 +290,23 @@ class EmbeddingFeed:
         self, request_id: str, index: int, borrowed: _Borrowed, error: TriptychError
     ) -> None:
         """Rows were used that may not have been theirs any more: borrow them once more."""
-        if self._borrowed.get((request_id, index)) is not borrowed:
+        request = self._requests.get(request_id)
+        if request is None or self._borrowed.get((request_id, index)) is not borrowed:
             return  # another step has found out already, or the request has ended
         del self._borrowed[request_id, index]
+        request.coming.add(index)
         borrowed.loan.release()
         logger.warning("image %d of %s is computed again: %s", index + 1, request_id, error.message)
         self._engine.submit(Lapsed(request_id, index))
-        self._run(request_id, self._borrow_again(request_id, index, borrowed, error))
+        self._run(request_id, self._borrow_again(request_id, request, index, borrowed, error))
 
     async def _borrow_again(
-        self, request_id: str, index: int, borrowed: _Borrowed, error: TriptychError
+        self,
+        request_id: str,
+        request: _Request,
+        index: int,
+        borrowed: _Borrowed,
+        error: TriptychError,
     ) -> None:
         try:
             if borrowed.lapses == MOST_LAPSES:
@@ -276,6 +316,8 @@ class EmbeddingFeed:
             if exc.item is None:
                 exc.item = index
             self._on_failed(request_id, exc)
+        finally:
+            request.coming.discard(index)
 
 
 def first_error(group: BaseExceptionGroup[TriptychError]) -> TriptychError:

@@ -159,7 +159,13 @@ class EngineHost:
             self.feed.used(used)
         for request_id, item in output.consumed:
             self.feed.consumed(request_id, item)
+        self.feed.wanted(output.wanted)
         self._on_output(output)
+        for request_id in (
+            *(event.request_id for event in output.tokens if event.finish),
+            *(prefilled.request_id for prefilled in output.prefilled),
+        ):
+            self.feed.end(request_id)
         for request_id, error in output.failed:
             self._fail(request_id, error)
         spans: dict[str, list[Span]] = defaultdict(list)
@@ -176,7 +182,7 @@ class EngineHost:
         if isinstance(error, DeviceLost):
             self._stage.fail(error)  # its end tells the router more than a report of this request
             return
-        self.feed.cancel(request_id)
+        self.feed.end(request_id)
         self.report_failed(request_id, error)
         self._on_failed(request_id, error)
 

@@ -6,7 +6,8 @@ first the router's, which asked for the slot; then that of the consumer whose cl
 It ends with release, cancel, denial, the loss of its session, or its holder's silence. While a
 lease lives the memory stays as it is, so bytes that were read under it are right: that is what
 ``Validate`` asks. A consumer whose lease ended because it was held up (silence, a lost channel)
-may claim again while the slot is there: it holds the same content.
+may claim again while the slot is there: it holds the same content. So may one that has released an
+embedding, until its request is cancelled: what it computed from it may have to be computed again.
 
 Messages to send collect in ``outbox``, slots whose last lease ended in ``idle``, what happened
 in ``tally``.
@@ -20,12 +21,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from triptych import wire
-from triptych.errors import TransferFailed, TriptychError, WorkerLost
+from triptych.errors import SlotGone, TransferFailed, TriptychError, WorkerLost
 from triptych.refs import AnyRef, EmbeddingRef, KVRef
 from triptych.states import SLOT, SlotEvent, SlotState, advance
 
-REMEMBERED_LAPSES = 1024
-"""Requests whose claimed leases ended by silence or loss: those of so many may be claimed again."""
+REMEMBERED_LAPSES = 4096
+"""Requests whose claimed leases ended by silence or loss, or by the release of an embedding: those
+of so many may be claimed again."""
 REMEMBERED_SESSIONS = 1024
 """Ended sessions that are known to have ended: a request may outlive the channel it came by."""
 EXPIRED = "expired"
@@ -77,7 +79,7 @@ class Lender:
         self._heard: dict[str, float] = {}
         """When a session that holds leases was last heard of."""
         self._lapsed: OrderedDict[str, set[int]] = OrderedDict()
-        """Request id → slots of which its claimed lease ended against its consumer's will."""
+        """Request id → slots of which its claimed lease ended and may be had again."""
         self._gone: OrderedDict[str, None] = OrderedDict()
         """Sessions that have ended, the latest last."""
 
@@ -210,7 +212,7 @@ class Lender:
         lease = self._claimable(entry, message.request_id, session, now)
         if lease is None:
             reason = f"no lease of request {message.request_id}: expired, cancelled or claimed"
-            self._deny(session, message.claim, TransferFailed(reason), "no lease")
+            self._deny(session, message.claim, SlotGone(reason), "no lease")
             return
         if entry.error is not None:
             self._deny(session, message.claim, entry.error, "failed")
@@ -237,7 +239,10 @@ class Lender:
         lease = self._claims.get((session, message.claim))
         if lease is None:
             return None
-        self._drop(lease)
+        if isinstance(lease.slot.ref, EmbeddingRef):
+            self._lapse(lease)
+        else:
+            self._drop(lease)
         return lease.slot.ref if lease.slot.state is SlotState.READY else None
 
     def may_read(self, session: str, pieces: Iterable[tuple[int, int]]) -> bool:
@@ -297,13 +302,13 @@ class Lender:
         entry = self._slots.get(ref.slot)
         if entry is None or entry.ref.generation != ref.generation:
             gone = f"slot {ref.slot} generation {ref.generation} has expired"
-            return TransferFailed(gone), "slot gone"
+            return SlotGone(gone), "slot gone"
         if entry.ref != ref:
             return TransferFailed(f"the ref of slot {ref.slot} was altered"), "altered ref"
         return entry
 
     def _lapse(self, lease: Lease) -> None:
-        """It ends against its holder's will."""
+        """It ends, and may be had again if it was claimed."""
         if lease.claim is not None:
             self._lapsed.setdefault(lease.request_id, set()).add(lease.slot.ref.slot)
             if len(self._lapsed) > REMEMBERED_LAPSES:
@@ -312,7 +317,7 @@ class Lender:
 
     def _claimable(self, entry: Slot, request_id: str, session: str, now: float) -> Lease | None:
         """The request's lease on the slot that nobody has claimed, or a new one in place of one
-        that lapsed."""
+        that may be had again."""
         leases = self._by_request.get(request_id, ())
         lease = next((x for x in leases if x.slot is entry and x.claim is None), None)
         lapsed = self._lapsed.get(request_id, set())
