@@ -51,7 +51,7 @@ def grayscale_to_rgb(image: Tensor) -> Tensor:
 
 
 @contextmanager
-def _stand_in() -> Iterator[None]:
+def stand_in() -> Iterator[None]:
     """Only while Transformers' modules are imported: nobody else is to find a torchvision."""
     functional = ModuleType("torchvision.transforms.v2.functional")
     for thing in (InterpolationMode, resize, normalize, grayscale_to_rgb):
@@ -88,7 +88,7 @@ def video_processor_class(name: str) -> Any:
     module = f"transformers.models.{FOLDERS[name]}.video_processing_{FOLDERS[name]}"
     if is_torchvision_available() or module in sys.modules:
         return getattr(importlib.import_module(module), name)
-    with _stand_in():
+    with stand_in():
         return getattr(importlib.import_module(module), name)
 
 

@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from triptych.demo.families import END, PAD, QWEN_SPECIAL, QWEN_TOKEN_IDS, START
+from triptych.demo.family import END, PAD, START
+from triptych.demo.grid_families import QWEN_SPECIAL, QWEN_TOKEN_IDS
 from triptych.demo.tasks.samples import MOST_PICTURES, MOST_TILES, make_sample
 from triptych.demo.tasks.scenes import COLOURS, SHAPES, WORDS
 

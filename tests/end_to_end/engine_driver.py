@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from tests.end_to_end.reference import picture
+from tests.families import CORE, processed
 from triptych.config import Dtype, EngineConfig, ModelConfig
 from triptych.demo.tiny import make_tiny_model
 from triptych.engine.kv_cache import KVShape
@@ -24,13 +26,15 @@ from triptych.engine.loop import Engine
 from triptych.engine.messages import AddRequest, ItemLanded, Progress, StepOutput
 from triptych.engine.sequence import ItemSpan
 from triptych.errors import TriptychError
+from triptych.media.image import ImageHeader
+from triptych.media.processor import Processor
 from triptych.models.language import LanguageModel
 from triptych.models.loading import load_language
 from triptych.request import Sampling, Span, TokenEvent
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
 PATIENCE_S = 60.0
 CLOSE_S = 20.0
+TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 GREEDY = Sampling(max_tokens=12, temperature=0)
 
 
@@ -69,6 +73,8 @@ class Family:
 
     def case(self, name: str, n_images: int, n_text: int = 9) -> Case:
         """Text, image, text, image, ..., text."""
+        if self.name not in CORE:
+            return self._asked(name, n_images)
         pixels = self._pixels(n_images) if n_images else {}
         rows = self._encode(pixels, n_images) if n_images else []
         ids = self._text(n_text)
@@ -83,16 +89,36 @@ class Family:
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **pixels}
         if self.name.startswith("qwen"):
             inputs["mm_token_type_ids"] = (input_ids == self._image_token).long()
-        case = Case(name, tuple(ids), spans, tuple(rows), inputs)
+        return self._answered(Case(name, tuple(ids), spans, tuple(rows), inputs))
+
+    def _asked(self, name: str, n_images: int) -> Case:
+        """A question about pictures, as the family's processors lay it out."""
+        processor = Processor(ModelConfig(str(self.folder)))
+        pictures = [picture(seed) for seed in range(n_images)]
+        plans = [
+            processor.plan(ImageHeader(each.width, each.height, "PNG"), n_images)
+            for each in pictures
+        ]
+        content = [{"type": "image", "image": each} for each in pictures]
+        text = {"type": "text", "text": f"what is this {name}"}
+        inputs = processed(processor, [{"role": "user", "content": [*content, text]}])
+        ids = inputs["input_ids"][0].tolist()
+        pixels = {name: value for name, value in inputs.items() if name not in TEXT}
+        rows = self._rows(pixels, [plan.rows for plan in plans]) if plans else []
+        spans = tuple(ItemSpan(plan.rows, plan.grid) for plan in plans)
+        return self._answered(Case(name, tuple(ids), spans, tuple(rows), inputs))
+
+    def _answered(self, case: Case) -> Case:
+        """With what ``generate`` answers."""
         answer = self.whole.generate(
-            **inputs,
+            **case.inputs,
             max_new_tokens=GREEDY.max_tokens,
             do_sample=False,
             eos_token_id=None,
             output_logits=True,
             return_dict_in_generate=True,
         )
-        case.answer = answer.sequences[0, len(ids) :].tolist()
+        case.answer = answer.sequences[0, len(case.token_ids) :].tolist()
         case.logits = torch.cat(answer.logits)
         return case
 
@@ -123,15 +149,20 @@ class Family:
             "batch_num_images": torch.tensor([n]),
         }
 
-    @torch.no_grad()
     def _encode(self, pixels: dict[str, Tensor], n: int) -> list[Tensor]:
+        if "image_grid_thw" in pixels:
+            return self._rows(pixels, (pixels["image_grid_thw"].prod(-1) // 4).tolist())
+        return self._rows(pixels, None, n)
+
+    @torch.no_grad()
+    def _rows(
+        self, pixels: dict[str, Tensor], counts: list[int] | None, n: int = 1
+    ) -> list[Tensor]:
+        """``counts``: rows of each image; None: the same of each of ``n``."""
         out = self.whole.get_image_features(**pixels, return_dict=True)
         planes = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
         flat = [torch.cat([part.reshape(-1, part.shape[-1]) for part in plane]) for plane in planes]
-        if "image_grid_thw" in pixels:
-            counts = (pixels["image_grid_thw"].prod(-1) // 4).tolist()
-        else:
-            counts = [len(flat[0]) // n] * n
+        counts = counts or [len(flat[0]) // n] * n
         return [each.contiguous() for each in torch.split(torch.stack(flat), counts, 1)]
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, LogitsProcessor
 
+from tests.families import processed
 from triptych.config import ModelConfig
 from triptych.engine.sampler import Draw, sample
 from triptych.media.processor import Processor
@@ -84,13 +85,9 @@ class Reference:
     ) -> Expected:
         """Answer to ``question(seeds, text)``: greedy, or as ``sampling`` draws."""
         parts: list[dict[str, Any]] = [{"type": "image", "image": picture(s)} for s in seeds]
-        inputs = self.processor.hf.apply_chat_template(
-            [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-        ).to("cpu")
+        content = [*parts, {"type": "text", "text": text}]
+        inputs = processed(self.processor, [{"role": "user", "content": content}])
+        inputs = {name: value.to("cpu") for name, value in inputs.items()}
         out = self.model.generate(
             **inputs,
             max_new_tokens=max_tokens,

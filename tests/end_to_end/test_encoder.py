@@ -22,9 +22,10 @@ from tests.end_to_end.encoder_bench import (
     request,
     until,
 )
+from tests.families import EVERY, processed
 from triptych import wire
 from triptych.config import ModelConfig
-from triptych.demo.tiny import FAMILIES, make_tiny_model
+from triptych.demo.tiny import make_tiny_model
 from triptych.encoder import preparation
 from triptych.encoder.runner import self_check
 from triptych.errors import UnsupportedModel
@@ -32,7 +33,7 @@ from triptych.media.image import ImageHeader
 from triptych.media.processor import Processor
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=EVERY)
 def any_folder(request, tmp_path_factory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -46,12 +47,7 @@ def expected_rows(folder: Path, images: list[Image.Image]) -> list[torch.Tensor]
     """(planes, rows, width) of each image, by the whole model on the whole request."""
     processor = Processor(ModelConfig(str(folder)))
     content = [{"type": "image", "image": image} for image in images]
-    inputs = processor.hf.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    inputs = processed(processor, [{"role": "user", "content": content}])
     text = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
@@ -67,8 +63,8 @@ def expected_rows(folder: Path, images: list[Image.Image]) -> list[torch.Tensor]
 
     planes = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
     whole = torch.stack([flat(plane) for plane in planes])
-    ids = inputs["input_ids"][0]
-    assert whole.shape[1] == int((ids == processor.hf.image_token_id).sum())
+    row = processor.hf.tokenizer.convert_tokens_to_ids(processor.row_token)
+    assert whole.shape[1] == int((inputs["input_ids"][0] == row).sum())
     headers = [ImageHeader(image.width, image.height, "PNG") for image in images]
     rows = [processor.plan(header, len(images)).rows for header in headers]
     return list(torch.split(whole, rows, dim=1))

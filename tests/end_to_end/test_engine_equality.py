@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.end_to_end.engine_driver import FAMILIES, GREEDY, Case, Driver, Family
+from tests.end_to_end.engine_driver import GREEDY, Case, Driver, Family
+from tests.families import EVERY
 from triptych.config import Dtype, EngineConfig
 from triptych.engine.kv_cache import KVCache
 from triptych.engine.messages import Cancel, Reserve, StartDecode
 from triptych.engine.selftest import selftest
+from triptych.models.language import LanguageModel
 
 torch.set_num_threads(1)
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     return Family(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -31,16 +34,22 @@ def cases(family: Family) -> list[Case]:
 
 @pytest.fixture
 def seen(family: Family) -> Iterator[list[Tensor]]:
+    with logits_seen(family.language) as rows:
+        yield rows
+
+
+@contextmanager
+def logits_seen(language: LanguageModel) -> Iterator[list[Tensor]]:
     """Rows of logits in the order in which tokens were sampled."""
     rows: list[Tensor] = []
-    original = family.language.logits
+    original = language.logits
 
     def logits(hidden: Tensor) -> Tensor:
         out = original(hidden)
         rows.extend(out.clone())
         return out
 
-    with patch.object(family.language, "logits", logits):
+    with patch.object(language, "logits", logits):
         yield rows
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.end_to_end.engine_driver import FAMILIES, GREEDY, Case, Driver, Family
+from tests.end_to_end.engine_driver import GREEDY, Case, Driver, Family
+from tests.families import EVERY
 from triptych.engine.messages import ItemLanded, Reserve, StartDecode
 from triptych.errors import BadRequest
 from triptych.request import Sampling
@@ -16,7 +17,7 @@ torch.set_num_threads(1)
 SEEDED = Sampling(max_tokens=12, temperature=0.9, top_p=0.9, seed=11, logprobs=5)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     return Family(tmp_path_factory.mktemp(request.param), request.param)
 

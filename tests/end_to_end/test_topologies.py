@@ -13,10 +13,10 @@ import pytest
 from tests.end_to_end.checks import check, moved_by, tokens
 from tests.end_to_end.cluster import Cluster
 from tests.end_to_end.reference import Reference
+from tests.families import CORE
 from triptych.config import TransportName
 from triptych.demo.tiny import make_tiny_model
 
-FAMILIES = ("qwen3_vl", "qwen2_5_vl", "llava_onevision", "internvl")
 TRANSPORTS = [name for name in get_args(TransportName) if name != "auto"]
 
 
@@ -41,7 +41,7 @@ def test_epd_apart(models, transport: TransportName, chunk_tokens: int) -> None:
         assert moved_by(cluster.url) == {transport}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("topology", ["E/P/D", "E/PD"])
 def test_families(models, family: str, topology: str) -> None:  # type: ignore[no-untyped-def]
     folder, reference = models(family)
@@ -76,7 +76,7 @@ def test_random_weights_from_a_configuration_alone(  # type: ignore[no-untyped-d
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("topology", ["E/P/D", "E/PD"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("chunk_tokens", [16, 100, 512])

@@ -16,9 +16,9 @@ from tests.end_to_end.checks import check_answer
 from tests.end_to_end.cluster import Cluster
 from tests.end_to_end.served import Served
 from tests.end_to_end.video_reference import Part, VideoReference, clip, for_openai, skip_rowless
+from tests.families import CORE
 from triptych.demo.tiny import make_tiny_model
 
-FAMILIES = ("qwen3_vl", "qwen2_5_vl", "llava_onevision", "internvl")
 MAX_TOKENS = 10
 CONVERSATIONS: dict[str, list[Part]] = {
     "a video": [("video", clip(0)), ("text", "What happens?")],
@@ -46,7 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     yield model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 @pytest.mark.parametrize("topology", ["E/P/D", "E/PD"])
 def test_answers_equal_transformers(models, family: str, topology: str) -> None:  # type: ignore[no-untyped-def]
     skip_rowless(family)

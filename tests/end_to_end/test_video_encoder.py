@@ -13,17 +13,18 @@ import torch
 
 from tests.end_to_end.encoder_bench import WAIT_S, bench, picture, png, request, until
 from tests.end_to_end.video_reference import LIMITS, SAMPLED, clip, skip_rowless
+from tests.families import WITH_VIDEO
 from tests.transformers_video import full_processor
 from tests.videos import sound
 from triptych import wire
-from triptych.demo.tiny import FAMILIES, make_tiny_model
+from triptych.demo.tiny import make_tiny_model
 from triptych.encoder import preparation
 from triptych.encoder.runner import self_check
 from triptych.errors import UnsupportedModel
 from triptych.media import video
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=WITH_VIDEO)
 def any_folder(request, tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
     return make_tiny_model(tmp_path_factory.mktemp(request.param), request.param)
 

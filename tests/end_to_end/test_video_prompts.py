@@ -11,8 +11,9 @@ import torch
 
 from tests.end_to_end.reference import picture
 from tests.end_to_end.video_reference import LIMITS, Part, VideoReference, clip, for_openai
+from tests.families import WITH_VIDEO
 from triptych.config import ModelConfig
-from triptych.demo.tiny import FAMILIES, make_tiny_model
+from triptych.demo.tiny import make_tiny_model
 from triptych.media.image import ImageHeader
 from triptych.media.processor import Plan, Processor
 from triptych.media.video import read_header
@@ -33,7 +34,7 @@ class Loaded:
         self.language: LanguageModel = load_language(config)
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=WITH_VIDEO)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     torch.set_num_threads(1)
     return Loaded(make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", request.param))

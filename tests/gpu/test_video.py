@@ -8,11 +8,12 @@ import pytest
 
 from tests.end_to_end.cluster import Cluster
 from tests.end_to_end.video_reference import Part, VideoReference, clip, for_openai, skip_rowless
+from tests.families import WITH_VIDEO
 from tests.gpu.test_topologies import DEVICE, MAX_TOKENS, ask, compare
-from triptych.demo.tiny import FAMILIES, make_tiny_model
+from triptych.demo.tiny import make_tiny_model
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", WITH_VIDEO)
 def test_mixed_with_images(family: str, tmp_path: Path) -> None:
     skip_rowless(family)
     folder = make_tiny_model(tmp_path / "model", family)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import Conv3d
 
-from tests.unit.conftest import FAMILIES, TinyModel, picture
+from tests.families import EVERY
+from tests.unit.conftest import TinyModel, picture
 from triptych.demo.tiny import make_tiny_model
 from triptych.models.loading import load_encoder
 from triptych.models.vision import VisionModel
@@ -54,7 +55,7 @@ def test_the_kernel_equals_sequence_by_sequence(dtype: torch.dtype, head_dim: in
         assert found.is_contiguous()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_float32_equals_the_cpu(family: str, models: object) -> None:
     tiny: TinyModel = models(family)  # type: ignore[operator]
     items = tiny.items(IMAGES)
@@ -70,7 +71,7 @@ def test_patches_are_projected_by_a_product(models: object) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_compiled_once_for_every_batch(
     family: str, dtype: str, models: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

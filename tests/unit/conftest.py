@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -15,14 +14,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from tests.families import EVERY, processed
 from triptych.config import ModelConfig
 from triptych.demo.tiny import make_tiny_model
 from triptych.media.processor import Processor
 from triptych.models.language import LanguageModel
 from triptych.models.loading import load_encoder, load_language
 from triptych.models.vision import VisionModel
-
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
 
 
 def picture(seed: int, width: int = 160, height: int = 120) -> Image.Image:
@@ -69,17 +67,8 @@ class TinyModel:
         """What Transformers' own processor makes of one user message: inputs of ``generate``."""
         content = [{"type": "image", "image": image} for image in images]
         message = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
-        with warnings.catch_warnings():
-            # InternVL's processor of older Transformers versions hands tensors to NumPy.
-            warnings.filterwarnings("ignore", "__array_wrap__", DeprecationWarning)
-            inputs = self.processor.hf.apply_chat_template(
-                [message],
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                add_generation_prompt=True,
-            )
-        return {k: v for k, v in inputs.items() if k not in ("num_patches", "token_type_ids")}
+        inputs = processed(self.processor, [message])
+        return {name: value for name, value in inputs.items() if name != "token_type_ids"}
 
     def items(self, images: list[Image.Image]) -> list[dict[str, Tensor]]:
         return [self.processor.preprocess(image, len(images)) for image in images]
@@ -97,7 +86,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tin
     return tiny
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=EVERY)
 def tiny(request: pytest.FixtureRequest, tiny_models: Callable[[str], TinyModel]) -> TinyModel:
     """Every family in turn."""
     return tiny_models(request.param)

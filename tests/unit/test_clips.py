@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.families import WITH_VIDEO
 from tests.transformers_video import full_processor
 from tests.videos import frame
 from triptych.config import MediaLimits, ModelConfig
-from triptych.demo.families import FAMILIES
 from triptych.demo.tiny import make_tiny_model
 from triptych.errors import BadRequest, BadVideo, UnsupportedModel
 from triptych.media.clips import BY_FAMILY, VideoProcessor
@@ -44,7 +44,7 @@ class Loaded:
     family: str
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=WITH_VIDEO)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     folder = make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", request.param)
     ours = Processor(ModelConfig(str(folder)))
@@ -188,6 +188,14 @@ def test_what_is_not_done_here_is_said(
             "x",
             14,
         )
+
+
+def test_a_family_without_videos_takes_none_whatever_its_files_say(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "model", "glm4v")
+    (folder / "video_preprocessor_config.json").write_text("{}")
+    processor = Processor(ModelConfig(str(folder)))
+    with pytest.raises(BadRequest, match="glm4v takes no videos here: only its images"):
+        processor.plan_video(VideoHeader(64, 64, 10, 4.0), LIMITS)
 
 
 def test_a_model_without_a_video_processor_takes_no_videos(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_shape_of_the_model(tiny: TinyModel) -> None:
     assert model.dtype == torch.float32 and model.device.type == "cpu"
     assert model.eos_ids == set(tiny.whole.generation_config.eos_token_id)
     assert model.planes == tiny.encoder.planes
-    assert model.axes == (3 if tiny.family.startswith("qwen") else 1)
+    assert model.axes == (3 if tiny.family.startswith(("qwen", "glm")) else 1)
 
 
 @pytest.mark.parametrize("n_images", [0, 1, 3])

@@ -34,7 +34,7 @@ def test_halves_sum_to_the_whole(tiny: TinyModel) -> None:
     whole = dict(tiny.whole.named_parameters())
     encoder, language = (parameters(tiny.config, half) for half in ("encoder", "language"))
     assert encoder.keys() | language.keys() == whole.keys()
-    newline = {"model.image_newline"} if tiny.family == "llava_onevision" else set()
+    newline = {"model.image_newline"} if tiny.family in ("llava_next", "llava_onevision") else set()
     assert encoder.keys() & language.keys() == newline
     for name, value in (encoder | language).items():
         assert torch.equal(value, whole[name]), name

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.end_to_end.video_reference import skip_rowless
+from tests.families import WITH_VIDEO
 from tests.unit.conftest import TinyModel, picture
 from triptych.config import MediaLimits
 from triptych.errors import UnsupportedModel
@@ -33,8 +34,8 @@ def rows(features: object) -> Tensor:
 
 def features_of_whole(tiny: TinyModel, inputs: dict[str, Tensor]) -> Tensor:
     """(planes, rows, width) of all images of a request, by the whole model."""
-    known = ("pixel_values", "image_grid_thw", "image_sizes", "batch_num_images")
-    arguments = {name: inputs[name] for name in known if name in inputs}
+    text = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+    arguments = {name: value for name, value in inputs.items() if name not in text}
     with torch.no_grad():
         output = tiny.whole.model.get_image_features(**arguments, return_dict=True)
     deepstack = getattr(output, "deepstack_features", None) or ()
@@ -104,7 +105,11 @@ def videos(tiny: TinyModel) -> list[tuple[VideoPlan, Item]]:
     return found
 
 
-def test_videos_and_images_in_one_batch(tiny: TinyModel) -> None:
+@pytest.mark.parametrize("family", WITH_VIDEO)
+def test_videos_and_images_in_one_batch(
+    tiny_models: Callable[[str], TinyModel], family: str
+) -> None:
+    tiny = tiny_models(family)
     skip_rowless(tiny.family)
     plans, items = zip(*videos(tiny), strict=True)
     images = tiny.items(IMAGES[:2])

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
+from tests.families import EVERY, processed, whole_processor
 from triptych.config import MediaLimits, ModelConfig
-from triptych.demo.tiny import FAMILIES, make_tiny_model
+from triptych.demo.tiny import make_tiny_model
 from triptych.errors import BadMedia, UnsupportedModel
 from triptych.media.image import ImageHeader, decode, read_header
 from triptych.media.placeholder import MARKERS, placeholder
@@ -22,7 +24,7 @@ REQUESTS = [SIZES[:1], SIZES[1:2], SIZES[5:6], SIZES[:2], SIZES[2:7]]
 ORIENTATION = 0x0112
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=EVERY)
 def processor(request, tmp_path_factory) -> Processor:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp(request.param)
@@ -46,20 +48,16 @@ def conversation(images: list[object]) -> list[dict[str, object]]:
 
 
 def oracle(processor: Processor, images: list[object]) -> dict[str, torch.Tensor]:
-    return dict(
-        processor.hf.apply_chat_template(
-            conversation(images),
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-        )
-    )
+    return processed(processor, conversation(images))
+
+
+def row_token_id(processor: Processor) -> int:
+    return int(processor.hf.tokenizer.convert_tokens_to_ids(processor.row_token))
 
 
 def expanded(processor: Processor, texts: list[str]) -> list[int]:
     """Token ids the way the router makes them: rendered, then one text for each marker."""
-    rendered = processor.hf.apply_chat_template(
+    rendered = whole_processor(processor).apply_chat_template(
         conversation([None] * len(texts)), add_generation_prompt=True
     )
     parts = rendered.split(processor.placeholder)
@@ -76,7 +74,7 @@ def test_token_ids_equal_those_of_the_whole_request(
     expected = oracle(processor, [picture(*size) for size in sizes])
     ids = expected["input_ids"][0].tolist()
     assert expanded(processor, [plan.text for plan in plans]) == ids
-    assert sum(plan.rows for plan in plans) == ids.count(processor.hf.image_token_id)
+    assert sum(plan.rows for plan in plans) == ids.count(row_token_id(processor))
     if "image_grid_thw" in expected:
         assert [list(plan.grid or ()) for plan in plans] == expected["image_grid_thw"].tolist()
         assert sum(plan.patches for plan in plans) == len(expected["pixel_values"])
@@ -91,15 +89,25 @@ def test_pixels_equal_those_of_the_whole_request(
     images = [picture(*size) for size in sizes]
     inputs = [processor.preprocess(image, len(sizes)) for image in images]
     expected = oracle(processor, images)
-    for name in ("pixel_values", "image_grid_thw", "image_sizes"):
+    for name in ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask"):
         assert (name in expected) == all(name in item for item in inputs)
         if name in expected:
-            assert torch.equal(torch.cat([item[name] for item in inputs]), expected[name])
+            same_images([item[name] for item in inputs], expected[name])
     for item in inputs:
         assert item["pixel_values"].dtype == torch.float32
         if "batch_num_images" in expected:
             assert item["batch_num_images"].tolist() == expected["batch_num_images"].tolist()
     assert {key for item in inputs for key in item} <= expected.keys()
+
+
+def same_images(parts: list[Tensor], whole: Tensor) -> None:
+    """``parts``: of each image. ``whole``: of the request, in which smaller images are padded, or
+    all tiles stand in one row."""
+    if len(whole) == 1 and all(part.shape[1] == 1 for part in parts):
+        whole = whole.transpose(0, 1)
+    assert sum(len(part) for part in parts) == len(whole)
+    for part, found in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        assert torch.equal(part, found[tuple(slice(n) for n in part.shape)])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -114,7 +122,7 @@ def test_token_ids_of_every_orientation(
     plan = processor.plan(read_header(path.read_bytes(), MediaLimits()), 1)
     assert expanded(processor, [plan.text]) == expected["input_ids"][0].tolist()
     inputs = processor.preprocess(decode(path.read_bytes(), MediaLimits()), 1)
-    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    same_images([inputs["pixel_values"]], expected["pixel_values"])
 
 
 def test_transparency_as_transformers_shows_it(processor: Processor) -> None:
@@ -124,7 +132,7 @@ def test_transparency_as_transformers_shows_it(processor: Processor) -> None:
     image.save(buffer, "PNG")
     inputs = processor.preprocess(decode(buffer.getvalue(), MediaLimits()), 1)
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    assert torch.equal(inputs["pixel_values"], oracle(processor, [flat])["pixel_values"])
+    same_images([inputs["pixel_values"]], oracle(processor, [flat])["pixel_values"])
 
 
 def test_the_context_is_part_of_the_key_only_where_it_matters(processor: Processor) -> None:
@@ -135,11 +143,12 @@ def test_the_context_is_part_of_the_key_only_where_it_matters(processor: Process
 
 
 def test_impossible_shapes_are_bad_media(processor: Processor) -> None:
-    thin = ImageHeader(4000, 4, "PNG")
-    if processor.hf.tokenizer.convert_tokens_to_ids("<|image_pad|>") == processor.hf.image_token_id:
-        with pytest.raises(BadMedia, match="aspect ratio"):
+    thin, reasons = ImageHeader(4000, 4, "PNG"), {"<|image_pad|>": "ratio", "<|image|>": "ratio"}
+    reason = {**reasons, "[IMG]": "take the image"}.get(processor.placeholder)
+    if reason is not None:
+        with pytest.raises(BadMedia, match=reason):
             processor.plan(thin, 1)
-        with pytest.raises(BadMedia, match="aspect ratio"):
+        with pytest.raises(BadMedia, match=reason):
             processor.preprocess(Image.new("RGB", (4000, 4)), 1)
     else:
         assert processor.plan(thin, 1).rows > 0
@@ -175,4 +184,7 @@ def test_unknown_families_are_refused_by_name() -> None:
         "<|image_pad|>",
         "<image>",
         "<IMG_CONTEXT>",
+        "<|image|>",
+        "[IMG]",
+        "<start_of_image>",
     }

@@ -53,6 +53,15 @@ def test_one_marker_for_each_image(prompter: Prompter) -> None:
     assert rendered.index("what is this?") > rendered.index(prompter.placeholder)
 
 
+def test_a_video_for_a_model_without_videos(tmp_path: Path) -> None:
+    prompter = Prompter(ModelConfig(str(make_tiny_model(tmp_path, "llava"))))
+    video = {"type": "video_url", "video_url": {"url": "data:,"}}
+    with pytest.raises(BadRequest, match="llava takes no videos here") as refused:
+        prompter.render(chat([image(), video]))
+    assert refused.value.param == "messages"
+    assert prompter.render(chat([image(), text("<video>?")])).count("<image>") == 1
+
+
 @pytest.mark.parametrize(
     ("contents", "param"),
     [

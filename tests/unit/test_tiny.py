@@ -15,13 +15,23 @@ from transformers import AutoConfig, AutoTokenizer
 
 from tests.unit.conftest import TinyModel, picture
 from triptych.demo.corpus import WORDS
-from triptych.demo.tiny import make_tiny_model
+from triptych.demo.tiny import FAMILIES, make_tiny_model
 from triptych.errors import ConfigError
 
+VIDEO = ("video_preprocessor_config.json",)
 IMAGE_TEXT = {
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "internvl": "<IMG_CONTEXT>\n",
+    "qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "glm4v": "<|begin_of_image|><|image|><|end_of_image|>",
+    "idefics3": "<image>",
+    "smolvlm": "<image>",
+    "llava": "<image>\n",
+    "llava_next": "<image>\n",
+    "mistral3": "[IMG]",
+    "pixtral": "[IMG]",
+    "gemma3": "<start_of_image>",
 }
 
 
@@ -39,10 +49,10 @@ def test_folder_is_complete_and_small(tiny: TinyModel) -> None:
     assert set(files) == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja", "processor_config.json",
-        "preprocessor_config.json", "video_preprocessor_config.json",
+        "preprocessor_config.json", *(VIDEO if FAMILIES[tiny.family].video_processor else ()),
     }  # fmt: skip
     config = AutoConfig.from_pretrained(tiny.folder)
-    assert config.model_type == tiny.family
+    assert config.model_type == (FAMILIES[tiny.family].model_type or tiny.family)
     text = config.get_text_config()
     assert text.num_key_value_heads < text.num_attention_heads
     assert not config.tie_word_embeddings
@@ -91,7 +101,7 @@ def test_chat_template(tiny: TinyModel) -> None:
     assert render(conversation, generation=False) == first
     assert render(conversation) == first + "<|im_start|>assistant\n"
     default = "You are a helpful assistant."
-    assert (default in render(conversation[1:])) == (tiny.family == "qwen2_5_vl")
+    assert (default in render(conversation[1:])) == (tiny.family in ("qwen2_vl", "qwen2_5_vl"))
     assert default not in render(conversation)
 
 

@@ -24,6 +24,7 @@ from triptych.models.vision import VisionModel
 from triptych.models.vision_attention import ends_of, packed_attention
 
 PACKED = ("qwen2_5_vl", "qwen3_vl")
+PACKED_TOO = ("glm4v", "mistral3", "pixtral", "qwen2_vl")
 SIZES = [(160, 120), (90, 200), (160, 120), (300, 100), (448, 448), (56, 60)]
 IMAGES = [picture(seed, *size) for seed, size in enumerate(SIZES)]
 
@@ -53,7 +54,7 @@ class Calls:
         monkeypatch.setattr(vision_attention, "_by_length", counted)
 
 
-@pytest.mark.parametrize("family", PACKED)
+@pytest.mark.parametrize("family", PACKED + PACKED_TOO)
 def test_images_of_different_sizes_make_one_call_per_layer(
     family: str, tiny_models: Callable[[str], TinyModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,8 +62,12 @@ def test_images_of_different_sizes_make_one_call_per_layer(
     items = tiny.items(IMAGES)
     embeddings = tiny.encoder.encode(items)
     for found, wanted in zip(embeddings, reference(tiny, items), strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
-    assert len(calls.sequences) == tiny.whole.config.vision_config.depth
+        torch.testing.assert_close(
+            found, wanted, atol=1e-6 if family in PACKED else 5e-5, rtol=1e-5
+        )
+    tower = tiny.whole.config.vision_config
+    layers = getattr(tower, "depth", None) or tower.num_hidden_layers
+    assert len(calls.sequences) == layers
     windows = max(calls.sequences)
     assert min(calls.sequences) == len(IMAGES)  # one sequence an image where there are no windows
     assert windows > 64 if family == "qwen2_5_vl" else windows == len(IMAGES)

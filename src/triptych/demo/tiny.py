@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from triptych.demo.corpus import WORDS
-from triptych.demo.families import END, FAMILIES, PAD, START, TEXT, Family
+from triptych.demo.families import FAMILIES
+from triptych.demo.family import END, PAD, START, TEXT, Family
 from triptych.errors import ConfigError
 from triptych.models.dummy import fill_random
 from triptych.models.quiet import quiet
@@ -71,7 +72,7 @@ def _config(family: str, spec: Family, tokenizer: PreTrainedTokenizerFast) -> An
     end, pad = tokenizer.convert_tokens_to_ids([END, PAD])
     ids = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
     return AutoConfig.for_model(
-        family,
+        spec.model_type or family,
         text_config={**spec.text, **ids, "vocab_size": len(tokenizer)},
         vision_config=spec.vision,
         tie_word_embeddings=False,
@@ -99,7 +100,7 @@ def _tokenizer(spec: Family) -> PreTrainedTokenizerFast:
         extra_special_tokens=spec.special,
         model_max_length=TEXT["max_position_embeddings"],
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": [START]})
+    tokenizer.add_special_tokens({"additional_special_tokens": [START, *spec.tokens]})
     tokenizer.chat_template = spec.template.render()
     return tokenizer
 
@@ -125,6 +126,8 @@ def _write_processor(folder: Path, spec: Family) -> None:
         "processor_config.json": spec.processor,
     }
     for file, content in files.items():
+        if not content and file.startswith("video"):
+            continue  # it takes none
         (folder / file).write_text(json.dumps({**content, **name}, indent=2) + "\n", "utf-8")
 
 

@@ -54,6 +54,7 @@ many frames are taken (``fps``, ``num_frames``): all but Qwen3-VL's classes leav
 caller and take every frame when not told. Here it is what the models were made for."""
 BY_FAMILY = {
     "qwen2_5_vl": "Qwen2VLVideoProcessor",
+    "qwen2_vl": "Qwen2VLVideoProcessor",
     "qwen3_vl": "Qwen3VLVideoProcessor",
     "llava_onevision": "LlavaOnevisionVideoProcessor",
     "internvl": "InternVLVideoProcessor",
@@ -114,7 +115,7 @@ class VideoProcessor:
                     f"{len(indices)} frames of the video would be encoded, the limit is "
                     f"{limits.max_frames}"
                 )
-            if self._family in ("qwen2_5_vl", "qwen3_vl"):
+            if self._family.startswith("qwen"):
                 return self._plan_grid(header, indices)
             return self._plan_tiles(indices)
         except ValueError as exc:
@@ -138,11 +139,11 @@ class VideoProcessor:
     def _sample(self, header: VideoHeader) -> tuple[int, ...]:
         """The numbers of the frames that the model sees."""
         sample: Callable[[VideoHeader], Any] = {
-            "qwen2_5_vl": self._sample_even,
-            "qwen3_vl": self._sample_ends,
-            "llava_onevision": self._sample_first,
-            "internvl": self._sample_middle,
-        }[self._family]
+            "Qwen2VLVideoProcessor": self._sample_even,
+            "Qwen3VLVideoProcessor": self._sample_ends,
+            "LlavaOnevisionVideoProcessor": self._sample_first,
+            "InternVLVideoProcessor": self._sample_middle,
+        }[self.name]
         return tuple(int(index) for index in sample(header))
 
     def _wanted(self, header: VideoHeader) -> float:
@@ -208,7 +209,7 @@ class VideoProcessor:
         factor = settings["patch_size"] * settings["merge_size"]
         least, most = size["shortest_edge"], size["longest_edge"]
         floor = int(least * 1.05)
-        if self._family == "qwen2_5_vl":
+        if self.name == "Qwen2VLVideoProcessor":
             if settings.get("cap_pixels_per_frame"):
                 budget = int(settings["max_video_tokens"] * factor * factor * 0.9)
                 most = max(min(most, budget * temporal // n_frames), floor)

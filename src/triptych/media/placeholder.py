@@ -7,9 +7,9 @@ encoder planned for that item (``ItemMeta.text``).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from triptych.errors import UnsupportedModel
-from triptych.request import Kind
 
 
 @dataclass(frozen=True)
@@ -20,25 +20,58 @@ class Marker:
     """The marker of tokenizers that do not say."""
 
 
+SAME_PROCESSOR = {"glm4v_moe": "glm4v", "qwen3_vl_moe": "qwen3_vl"}
+"""``model_type`` → that of another model with the same processor."""
 MARKERS = {
-    "qwen2_5_vl": Marker("image_token", "<|image_pad|>"),
-    "qwen3_vl": Marker("image_token", "<|image_pad|>"),
-    "llava_onevision": Marker("image_token", "<image>"),
+    "gemma3": Marker("boi_token", "<start_of_image>"),
+    "glm4v": Marker("image_token", "<|image|>"),
+    "idefics3": Marker("", "<image>"),
     "internvl": Marker("context_image_token", "<IMG_CONTEXT>"),
+    "llava": Marker("image_token", "<image>"),
+    "llava_next": Marker("image_token", "<image>"),
+    "llava_onevision": Marker("image_token", "<image>"),
+    "mistral3": Marker("image_token", "[IMG]"),
+    "pixtral": Marker("image_token", "[IMG]"),
+    "qwen2_5_vl": Marker("image_token", "<|image_pad|>"),
+    "qwen2_vl": Marker("image_token", "<|image_pad|>"),
+    "qwen3_vl": Marker("image_token", "<|image_pad|>"),
+    "smolvlm": Marker("image_token", "<image>"),
 }
-"""By ``model_type`` of the configuration."""
 VIDEO_MARKERS = {
-    "qwen2_5_vl": Marker("video_token", "<|video_pad|>"),
-    "qwen3_vl": Marker("video_token", "<|video_pad|>"),
-    "llava_onevision": Marker("video_token", "<video>"),
     "internvl": Marker("video_token", "<video>"),
+    "llava_onevision": Marker("video_token", "<video>"),
+    "qwen2_5_vl": Marker("video_token", "<|video_pad|>"),
+    "qwen2_vl": Marker("video_token", "<|video_pad|>"),
+    "qwen3_vl": Marker("video_token", "<|video_pad|>"),
 }
 
 
-def placeholder(model_type: str, tokenizer: object, kind: Kind = "image") -> str:
-    """The marker of one item in a rendered prompt. Raises UnsupportedModel: unknown family."""
-    marker = (MARKERS if kind == "image" else VIDEO_MARKERS).get(model_type)
+def family(config: Any) -> str:
+    """What decides how items are laid out. ``config``: the checkpoint's configuration.
+
+    Mostly its ``model_type``; but a LLaVA with the vision tower of Pixtral has Pixtral's processor.
+    """
+    name = str(config.model_type)
+    tower = getattr(config, "vision_config", None)
+    if name == "llava" and getattr(tower, "model_type", None) == "pixtral":
+        return "pixtral"
+    return SAME_PROCESSOR.get(name, name)
+
+
+def placeholder(family: str, tokenizer: object) -> str:
+    """The marker of an image in a rendered prompt. Raises UnsupportedModel: unknown family."""
+    marker = MARKERS.get(family)
     if marker is None:
         known = ", ".join(MARKERS)
-        raise UnsupportedModel(f"model type {model_type!r} is not supported; supported: {known}")
+        raise UnsupportedModel(f"model type {family!r} is not supported; supported: {known}")
+    return _found(marker, tokenizer)
+
+
+def video_placeholder(family: str, tokenizer: object) -> str | None:
+    """The marker of a video; None: no videos are taken."""
+    marker = VIDEO_MARKERS.get(family)
+    return None if marker is None else _found(marker, tokenizer)
+
+
+def _found(marker: Marker, tokenizer: object) -> str:
     return str(getattr(tokenizer, marker.attribute, None) or marker.default)

@@ -13,19 +13,17 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
-from transformers.image_processing_utils import BaseImageProcessor, select_best_resolution
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 from transformers.video_processing_utils import BaseVideoProcessor
@@ -34,13 +32,12 @@ from triptych.config import MediaLimits, ModelConfig
 from triptych.errors import BadMedia, BadRequest, UnsupportedModel
 from triptych.media.clips import VideoPlan, VideoProcessor
 from triptych.media.image import ImageHeader
-from triptych.media.placeholder import placeholder
+from triptych.media.layouts import Parts, layout, options
+from triptych.media.pixtral import PixtralText
+from triptych.media.placeholder import VIDEO_MARKERS, family, placeholder
 from triptych.media.video import Frame, VideoHeader
-from triptych.models.refusals import video_token_id
+from triptych.models.refusals import image_token_id, video_token_id
 from triptych.models.stream import Stream
-
-Layout = tuple[dict[str, Any], tuple[int, int, int] | None, int]
-"""What the processor class needs to know of an image, its grid, its patches."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +63,14 @@ class Processor:
         """Raises UnsupportedModel: not a family that can be planned, or files that disagree."""
         source = {"pretrained_model_name_or_path": config.model, "revision": config.revision}
         self._config = AutoConfig.from_pretrained(**source)
-        self._family: str = self._config.model_type
-        if is_torchvision_available():
-            self.hf = AutoProcessor.from_pretrained(**source)
-        else:
-            self.hf = _without_video(self._family, source)
+        self._family = family(self._config)
+        try:
+            if is_torchvision_available():
+                self.hf = AutoProcessor.from_pretrained(**source)
+            else:
+                self.hf = _without_video(self._family, source)
+        except ImportError as exc:
+            raise UnsupportedModel(f"the processor of {self._family}: {exc}") from exc
         self._images = self.hf.image_processor
         self.backend: str = self._images.backend
         """"pil", "torchvision", or "torchvision on cuda": their pixels differ by rounding."""
@@ -82,9 +82,11 @@ class Processor:
         """Of its own: neither the forwards wait for it nor it for them."""
         self.placeholder = placeholder(self._family, self.hf.tokenizer)
         """The marker that the chat template puts where an image goes."""
-        self._check_marker()
+        self.row_token = self._checked_row_token()
+        """What stands for an embedding row in a text."""
         self._videos = self._video_processor(source)
-        self._options: dict[str, Any] = {"crop_to_patches": True} if self._tiles_always else {}
+        self._parts = Parts(self.hf, self._config.vision_config)
+        self._options = options(self._family, self.hf)
         self.fingerprint = _hash(
             {
                 "processor": type(self._images).__name__,
@@ -106,12 +108,6 @@ class Processor:
         """Are images preprocessed on a GPU?"""
         return self._device.type == "cuda"
 
-    @property
-    def _tiles_always(self) -> bool:
-        # The processor class of InternVL asks its image processor for tiles, whatever the
-        # image processor's own settings say.
-        return self._family == "internvl"
-
     def context(self, images_in_request: int) -> str:
         """What in the request, besides the image, decides its rows: part of its content key."""
         if self._family != "llava_onevision":
@@ -124,11 +120,11 @@ class Processor:
         Raises BadMedia: a shape that the model's processor refuses.
         """
         try:
-            facts, grid, patches = self._layout(header, images_in_request)
+            found = layout(self._family, self._parts, header, images_in_request)
         except ValueError as exc:
             raise BadMedia(f"the model cannot take the image: {exc}") from exc
-        text = str(self.hf.replace_image_token(facts, 0))
-        return Plan(text, text.count(self.placeholder), grid, patches)
+        text = str(self.hf.replace_image_token(found.facts, 0))
+        return Plan(text, text.count(self.row_token), found.grid, found.patches)
 
     def preprocess(self, image: Image.Image, images_in_request: int) -> dict[str, Tensor]:
         """The model's vision inputs of one RGB image: ``pixel_values`` float32 and its sizes.
@@ -181,9 +177,11 @@ class Processor:
             settings, _ = BaseVideoProcessor.get_video_processor_dict(**source)
         except OSError:
             return UnsupportedModel(f"{self._config.model_type} has no video processor")
+        if self._family not in VIDEO_MARKERS:
+            return UnsupportedModel("only its images are supported")
         # Where the model has no token of its own for a video's rows, the frames are images.
         token_id = video_token_id(self._config)
-        row = self.placeholder if token_id is None else self.hf.video_token
+        row = self.row_token if token_id is None else self.hf.video_token
         patch = self._config.vision_config.patch_size
         side = patch if isinstance(patch, int) else patch[0]
         try:
@@ -197,78 +195,36 @@ class Processor:
     # ------------------------------------------------------------------ images
 
     def _model_inputs(self, inputs: dict[str, Tensor], images_in_request: int) -> dict[str, Tensor]:
-        inputs.pop("num_patches", None)  # InternVL: for the text only
+        for name in ("num_patches", "num_crops"):  # for the text only
+            inputs.pop(name, None)
         # Grids and sizes are read on the host.
         inputs = {k: v if v.is_floating_point() else v.cpu() for k, v in inputs.items()}
         if self._family == "llava_onevision":
             inputs = {name: value[:1] for name, value in inputs.items()}
             inputs["batch_num_images"] = inputs["batch_num_images"].new_tensor([images_in_request])
+        if self._family in ("idefics3", "smolvlm"):
+            # One request of several tiles becomes several of one: tiles of any images are a batch.
+            inputs = {name: value.transpose(0, 1) for name, value in inputs.items()}
         return inputs
 
-    # ------------------------------------------------------------------ the families
+    # ------------------------------------------------------------------ the files
 
-    def _layout(self, header: ImageHeader, images_in_request: int) -> Layout:
-        match self._family:
-            case "qwen2_5_vl" | "qwen3_vl":
-                return self._qwen(header)
-            case "llava_onevision":
-                return self._llava_onevision(header, images_in_request)
-            case _:
-                return self._internvl(header)
-
-    def _qwen(self, header: ImageHeader) -> Layout:
-        images = self._images
-        resize = inspect.getmodule(type(images)).smart_resize  # type: ignore[union-attr]
-        height, width = resize(
-            header.height,
-            header.width,
-            factor=images.patch_size * images.merge_size,
-            min_pixels=images.size["shortest_edge"],
-            max_pixels=images.size["longest_edge"],
-        )
-        grid = (1, height // images.patch_size, width // images.patch_size)
-        return {"image_grid_thw": np.array([grid])}, grid, math.prod(grid)
-
-    def _llava_onevision(self, header: ImageHeader, images_in_request: int) -> Layout:
-        tile = self._images.size["height"]
-        tiles = 1
-        if images_in_request == 1:
-            best = select_best_resolution(
-                (header.height, header.width), self._images.image_grid_pinpoints
-            )
-            tiles += math.prod(math.ceil(side / tile) for side in best)
-        facts = {
-            "batch_num_images": [images_in_request],
-            "image_sizes": [[header.height, header.width]],
-            # Only the shape of a tile is looked at: a broadcast zero has it and no memory.
-            "pixel_values": np.broadcast_to(np.float32(0), (1, tiles, 3, tile, tile)),
-        }
-        return facts, None, tiles * self.hf.num_image_tokens
-
-    def _internvl(self, header: ImageHeader) -> Layout:
-        tiles = self._images.get_number_of_image_patches(
-            header.height, header.width, dict(self._options)
-        )
-        vision = self._config.vision_config
-        patches = math.prod(
-            side // patch for side, patch in zip(vision.image_size, vision.patch_size, strict=True)
-        )
-        return {"num_patches": [tiles]}, None, tiles * patches
-
-    def _check_marker(self) -> None:
+    def _checked_row_token(self) -> str:
         """The files of a checkpoint must agree on which token stands for an image row."""
         if self.hf.image_token != self.placeholder:
             raise UnsupportedModel(
                 f"the processor marks images by {self.hf.image_token!r}, "
                 f"the tokenizer by {self.placeholder!r}"
             )
-        ids = self.hf.tokenizer(self.placeholder, add_special_tokens=False)["input_ids"]
-        expected = getattr(self._config, "image_token_id", None)
+        # What marks an image stands for its rows as well, but for Gemma 3.
+        row = str(self.hf.tokenizer.image_token) if self._family == "gemma3" else self.placeholder
+        ids = self.hf.tokenizer(row, add_special_tokens=False)["input_ids"]
+        expected = image_token_id(self._config)
         if ids != [expected]:
             raise UnsupportedModel(
-                f"the tokenizer reads {self.placeholder!r} as {ids}, "
-                f"the model's image token is {expected}"
+                f"the tokenizer reads {row!r} as {ids}, the model's image token is {expected}"
             )
+        return row
 
 
 def _without_video(family: str, source: dict[str, Any]) -> Any:
@@ -276,6 +232,8 @@ def _without_video(family: str, source: dict[str, Any]) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     placeholder(family, tokenizer)  # refuses unknown families by name
     image_processor = _pil_image_processor(source)
+    if family in ("mistral3", "pixtral"):
+        return PixtralText.load(image_processor, tokenizer, source)
     base = getattr(transformers, PROCESSOR_MAPPING_NAMES[family])
 
     def check(self: Any, name: str, argument: object) -> Any:
@@ -293,7 +251,9 @@ def _without_video(family: str, source: dict[str, Any]) -> Any:
         if name in accepted and name not in ("video_processor", *parts)
     }
     settings.setdefault("chat_template", tokenizer.chat_template)
-    return cls(**parts, video_processor=None, **settings)
+    if "video_processor" in accepted:
+        settings["video_processor"] = None
+    return cls(**parts, **settings)
 
 
 def _pil_image_processor(source: dict[str, Any]) -> Any:

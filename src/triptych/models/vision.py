@@ -16,13 +16,13 @@ from triptych.errors import UnsupportedModel
 from triptych.models.compiled import compile_blocks
 from triptych.models.grids import GridTables
 from triptych.models.patches import project_patches
-from triptych.models.vision_attention import has_kernel, pack_attention
+from triptych.models.vision_attention import ends_of, has_kernel, pack_attention
 
 logger = logging.getLogger(__name__)
 
 Item = dict[str, Tensor]
 """The processor's output for one item, first dimension first: of an image ``pixel_values`` and what
-goes with it (``image_grid_thw`` | ``image_sizes`` and ``batch_num_images`` | nothing), of a video
+goes with it (``image_grid_thw``, ``image_sizes``, ``batch_num_images``, or a mask), of a video
 ``pixel_values_videos`` and perhaps ``video_grid_thw`` (or as an image of many crops)."""
 VIDEO_PIXELS = "pixel_values_videos"
 
@@ -45,12 +45,25 @@ class VisionModel:
         self._patch = _pair(config.vision_config.patch_size)
         self._tables: GridTables | None = None
         """For towers that pack images of different sizes into one row of patches."""
+        self._pads = False
+        """Such a tower that is given padded images and their sizes."""
+        # Where lengths and grids are read: on the host, but by kernels.
+        self._lengths_on = self._grids_on = torch.device("cpu")
         if pack_attention(model):
-            fused = has_kernel(self.device, self.dtype)
-            lengths_on = self.device if fused else torch.device("cpu")
-            self._tables = GridTables(model.model.visual, self.device, lengths_on)
-            if self.device.type == "cuda":
-                project_patches(model.model.visual)
+            self._set_up_packing(model)
+
+    def _set_up_packing(self, model: Any) -> None:
+        if has_kernel(self.device, self.dtype):
+            self._lengths_on = self.device
+        tower = getattr(model.model, "visual", None)
+        if tower is None:
+            self._pads = True
+            return
+        if hasattr(tower, "embeddings"):  # GLM-4V looks its position embeddings up by both
+            self._lengths_on = self._grids_on = self.device
+        self._tables = GridTables(tower, self.device, self._lengths_on)
+        if self.device.type == "cuda":
+            project_patches(tower)
 
     def compile(self, folder: Path) -> None:
         """Let the blocks be compiled at the first forward; ``folder`` keeps the result."""
@@ -95,29 +108,20 @@ class VisionModel:
         return crops * (height // self._patch[0]) * (width // self._patch[1])
 
     def _group(self, item: Item) -> object:
+        if self._pads:
+            return None
         shapes = tuple((name, item[name].shape[1:]) for name in self._inputs if name in item)
         # LLaVA-OneVision lays an image out differently when it is not the request's only one.
         alone = "batch_num_images" in item and int(item["batch_num_images"][0]) == 1
         return shapes, alone
 
     def _forward(self, items: list[Item]) -> list[Tensor]:
-        names = [name for name in self._inputs if name in items[0]]
-        is_video = VIDEO_PIXELS in names
-        arguments: dict[str, Any] = {}
-        if self._tables is not None:
-            kind = "video" if is_video else "image"
-            name = f"{kind}_grid_thw"
-            names.remove(name)  # stays on the host: nothing there waits for a device
-            grids = torch.cat([item[name] for item in items])
-            ready_made = self._tables.arguments(grids)
-            arguments = {f"{kind}_{key}": value for key, value in ready_made.items()}
-            arguments[name] = grids
-        for name in names:
-            arguments[name] = torch.cat([self._place(item[name]) for item in items])
-        if is_video:
+        if VIDEO_PIXELS in items[0]:
+            arguments = self._arguments(items, "video")
             arguments[self._video_argument] = arguments.pop(VIDEO_PIXELS)  # its name varies
             output = self._model.get_video_features(**arguments, return_dict=True)
         else:
+            arguments = self._padded(items) if self._pads else self._arguments(items, "image")
             output = self._model.get_image_features(**arguments, return_dict=True)
         features = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
         if len(features) != self.planes:
@@ -126,6 +130,35 @@ class VisionModel:
         if not all(split):
             return [self._forward([item])[0] for item in items]
         return [torch.stack(item_planes) for item_planes in zip(*split, strict=True)]
+
+    def _arguments(self, items: list[Item], kind: str) -> dict[str, Any]:
+        names = [name for name in self._inputs if name in items[0]]
+        arguments: dict[str, Any] = {}
+        if self._tables is not None:
+            name = f"{kind}_grid_thw"
+            names.remove(name)  # mostly stays on the host: nothing there waits for a device
+            grids = torch.cat([item[name] for item in items])
+            ready_made = self._tables.arguments(grids)
+            arguments = {f"{kind}_{key}": value for key, value in ready_made.items()}
+            arguments[name] = grids.to(self._grids_on)
+        for name in names:
+            arguments[name] = torch.cat([self._place(item[name]) for item in items])
+        return arguments
+
+    def _padded(self, items: list[Item]) -> dict[str, Any]:
+        """Images of any sizes at the top left of equal frames, and where their patches end."""
+        sizes = torch.cat([item["image_sizes"] for item in items])
+        height, width = sizes.amax(0).tolist()
+        pixels = torch.zeros(len(items), 3, height, width, dtype=self.dtype, device=self.device)
+        for frame, item, (h, w) in zip(pixels, items, sizes.tolist(), strict=True):
+            frame[:, :h, :w] = self._place(item["pixel_values"])[0]
+        lengths: list[int] = [self.patches(item) for item in items]
+        return {
+            "pixel_values": pixels,
+            "image_sizes": sizes,
+            "cu_seq_lens_q": ends_of(lengths).to(self._lengths_on),
+            "max_length_q": max(lengths),
+        }
 
     def _place(self, value: Tensor) -> Tensor:
         dtype = self.dtype if value.is_floating_point() else value.dtype

@@ -19,6 +19,7 @@ from torch.nn import Module
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+from transformers.models.pixtral.modeling_pixtral import PixtralAttention
 
 PACKED_ATTENTION = "triptych_flash_packed"
 FUSED_DTYPES = (torch.float16, torch.bfloat16)
@@ -29,17 +30,20 @@ def pack_attention(model: Module) -> bool:
 
     False when there is none: such towers batch their crops, which is one call already.
     """
-    packed = [
-        module
-        for module in model.modules()
-        if hasattr(module, "scaling")
-        and "cu_seqlens" in inspect.signature(module.forward).parameters
-    ]
+    packed = [module for module in model.modules() if _is_packed(module)]
     for module in packed:
         # ``set_attn_implementation`` refuses unknown names that have "flash" in them.
         config: Any = module.config
         config._attn_implementation = PACKED_ATTENTION
     return bool(packed)
+
+
+def _is_packed(module: Module) -> bool:
+    if isinstance(module, PixtralAttention):  # it passes on what its tower is told
+        return True
+    return (
+        hasattr(module, "scaling") and "cu_seqlens" in inspect.signature(module.forward).parameters
+    )
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:

@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from triptych.config import ModelConfig
 from triptych.errors import BadRequest, UnsupportedModel
-from triptych.media.placeholder import placeholder
+from triptych.media.placeholder import family, placeholder, video_placeholder
 from triptych.request import KINDS, Kind
 from triptych.router.offload import INLINE_CHARACTERS, offload
 from triptych.router.openai import ChatRequest
@@ -41,12 +41,13 @@ class Prompter:
         # Called for every prompt and token: Transformers' own code around the work costs more
         # than the work.
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        self.placeholder = placeholder(model.model_type, self._tokenizer)
+        self.family = family(model)
+        self.placeholder = placeholder(self.family, self._tokenizer)
         """What the template writes for an image, replaced by the image's text."""
-        self.video_placeholder = placeholder(model.model_type, self._tokenizer, "video")
-        self._markers = re.compile(
-            f"({re.escape(self.placeholder)})|{re.escape(self.video_placeholder)}"
-        )
+        self.video_placeholder = video_placeholder(self.family, self._tokenizer)
+        """None: the model takes no videos."""
+        markers = [m for m in (self.placeholder, self.video_placeholder) if m is not None]
+        self._markers = re.compile("|".join(f"({re.escape(marker)})" for marker in markers))
         self.image_token_id = _image_token_id(model)
         self.row_token_ids = (self.image_token_id, *_video_token_ids(model))
         """Tokens of the prompt that stand for embedding rows."""
@@ -57,7 +58,7 @@ class Prompter:
         row_tokens = [
             str(t) for t in self._tokenizer.convert_ids_to_tokens(list(self.row_token_ids))
         ]
-        self._reserved = (self.placeholder, self.video_placeholder, *row_tokens)
+        self._reserved = (*markers, *row_tokens)
         self._runs = re.compile(
             "|".join(f"({re.escape(token)})(?:\\{i})*" for i, token in enumerate(row_tokens, 1))
         )
@@ -75,6 +76,9 @@ class Prompter:
                     raise BadRequest(
                         f"{param} contains {reserved}, which marks images or videos", param=param
                     )
+        wanted = [item.kind for item in chat.items()]
+        if self.video_placeholder is None and "video" in wanted:
+            raise BadRequest(f"{self.family} takes no videos here", param="messages")
         messages = chat.for_template()
         if not self._takes_strings:
             for message in messages:
@@ -86,7 +90,7 @@ class Prompter:
             raise BadRequest(
                 f"the model's chat template refuses the messages: {exc}", param="messages"
             ) from exc
-        wanted, found = [item.kind for item in chat.items()], self.order(rendered)
+        found = self.order(rendered)
         for kind, marker in zip(KINDS, (self.placeholder, self.video_placeholder), strict=True):
             if wanted.count(kind) != found.count(kind):
                 raise BadRequest(
