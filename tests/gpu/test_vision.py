@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -16,6 +17,7 @@ from torch.nn import Conv3d
 from tests.families import EVERY
 from tests.unit.conftest import TinyModel, picture
 from triptych.demo.tiny import make_tiny_model
+from triptych.models.captured import CudaGraphs
 from triptych.models.loading import load_encoder
 from triptych.models.vision import VisionModel
 from triptych.models.vision_attention import _by_length, ends_of, has_kernel, packed_attention
@@ -43,13 +45,13 @@ def encode(encoder: VisionModel, items: list[dict[str, Tensor]]) -> list[Tensor]
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [16, 64, 72, 80, 128])
 def test_the_kernel_equals_sequence_by_sequence(dtype: torch.dtype, head_dim: int) -> None:
-    lengths = [64] * 20 + [1, 7, 32, 500, 2000]
+    lengths = [64] * 20 + [1, 7, 32, 0, 500, 2000, 0, 0]
     ends = ends_of(lengths)
     qkv = torch.randn(sum(lengths), 3, 4, head_dim, device=DEVICE, dtype=dtype)
     q, k, v = qkv.unbind(1)  # with the strides that towers have
     assert has_kernel(DEVICE, dtype)
     for scaling in (head_dim**-0.5, 0.3):
-        found = packed_attention(q, k, v, ends.to(DEVICE), max(lengths), scaling)
+        found = packed_attention(q, k, v, ends.to(DEVICE), 2 * max(lengths), scaling)
         expected = _by_length(q.float(), k.float(), v.float(), tuple(ends.tolist()), scaling)
         torch.testing.assert_close(found.float(), expected, atol=4e-2, rtol=4e-2)
         assert found.is_contiguous()
@@ -90,3 +92,41 @@ def test_compiled_once_for_every_batch(
             for a, b in zip(encode(compiled, items), encode(eager, items), strict=True):
                 assert (a - b).norm() <= tolerance * b.norm()
     assert any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("family", PACKED)
+def test_captured_forwards_equal_eager_ones(
+    family: str, compiled: bool, models: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside a thread that preprocesses on the GPU, as in a worker."""
+    tiny: TinyModel = models(family)  # type: ignore[operator]
+    captured, eager = on_gpu(tiny, "bfloat16"), on_gpu(tiny, "bfloat16")
+    torch._dynamo.reset()
+    if compiled:
+        captured.compile(tmp_path)  # which captures as well
+    else:
+        captured.capture(CudaGraphs(torch.device(DEVICE.type, torch.cuda.current_device())))
+    stop = threading.Event()
+
+    def preprocess() -> None:
+        stream = torch.cuda.Stream()
+        while not stop.is_set():
+            with torch.cuda.stream(stream):
+                (torch.randn(500, 500, 3).to(DEVICE).permute(2, 0, 1) * 2).contiguous()
+            stream.synchronize()
+
+    beside = threading.Thread(target=preprocess)
+    beside.start()
+    try:
+        with caplog.at_level(logging.INFO):
+            for _ in range(5):
+                for images in (IMAGES, IMAGES[1:3], IMAGES[4:5], [picture(7, 448, 60)] * 3):
+                    items = tiny.items(images)
+                    for a, b in zip(encode(captured, items), encode(eager, items), strict=True):
+                        assert (a - b).norm() <= 5e-2 * b.norm()
+    finally:
+        stop.set()
+        beside.join()
+    assert caplog.text.count("captured the forward of") >= 3
+    assert "no more forwards will be captured" not in caplog.text

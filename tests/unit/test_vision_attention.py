@@ -16,6 +16,8 @@ from torch.nn import Conv3d
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.unit.conftest import TinyModel, picture
+from triptych.encoder.runner import warm_up_batches
+from triptych.media.processor import Processor
 from triptych.models import vision_attention
 from triptych.models.compiled import compile_blocks
 from triptych.models.loading import load_encoder
@@ -183,5 +185,21 @@ def test_one_compilation_serves_every_batch(
         items = tiny.items(images)
         for found, wanted in zip(encoder.encode(items), tiny.encoder.encode(items), strict=True):
             torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    if tiny.family in PACKED:
+        assert len(graphs) == before
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_first_batch_of_a_start_compiles_for_all(
+    tiny: TinyModel, compiled: tuple[VisionModel, list[int]]
+) -> None:
+    encoder, graphs = compiled
+    first, *others = warm_up_batches(encoder, Processor(tiny.config), batch_patches=4096)
+    assert len(first) > 1
+    encoder.encode(first)
+    before = len(graphs)
+    assert before > 0
+    for batch in (*others, tiny.items(IMAGES[4:5]), tiny.items(IMAGES)):
+        encoder.encode(batch)
     if tiny.family in PACKED:
         assert len(graphs) == before

@@ -152,16 +152,17 @@ def warm_up_batches(
 ) -> list[list[Item]]:
     """Batches for ``Runner.start``: as much as may come, several sizes, and one small image.
 
-    In this order: compiled kernels serve every size, but are laid out for the first they see.
+    In this order: compiled kernels serve every size, but are laid out for the first they see. The
+    first has two sizes, so that nothing is taken for equal that is not always.
     """
 
-    def item(width: int, height: int, images_in_request: int = 1) -> Item:
+    def item(width: int, height: int, images_in_request: int = 2) -> Item:
         image = Image.new("RGB", (width, height), (127, 64, 32))
         return model.stage(processor.preprocess(image, images_in_request))
 
-    large = item(1920, 1080)
+    large, small = item(1920, 1080), item(448, 448)
     count = max(1, batch_patches // model.patches(large))
-    return [[large] * count, [item(448, 448, 2), item(320, 224, 2)], [item(96, 64)]]
+    return [[large] * count + [small], [small, item(320, 224)], [item(96, 64, 1)]]
 
 
 def self_check(model: VisionModel, processor: Processor) -> None:

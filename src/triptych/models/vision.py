@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from triptych.errors import UnsupportedModel
+from triptych.models.captured import Capture, CapturedTower, CudaGraphs
 from triptych.models.compiled import compile_blocks
 from triptych.models.grids import GridTables
 from triptych.models.patches import project_patches
@@ -69,6 +70,14 @@ class VisionModel:
         """Let the blocks be compiled at the first forward; ``folder`` keeps the result."""
         n = compile_blocks(self._model, folder)
         logger.info("%d vision blocks will be compiled, with their cache in %s", n, folder)
+        if has_kernel(self.device, self.dtype):  # else sequences' ends are read on the host
+            self.capture(CudaGraphs(self.device))
+
+    def capture(self, capture: Capture) -> None:
+        """Let forwards of shapes that come again be captured, where the tower packs its patches."""
+        if self._tables is not None:
+            tower = self._model.model.visual
+            tower.forward = CapturedTower(tower, tower.spatial_merge_size**2, capture)
 
     def stage(self, item: Item) -> Item:
         """The item as ``encode`` takes it soonest: in the model's dtype and, for a GPU, in

@@ -83,7 +83,8 @@ def packed_attention(
     """Attention within each sequence of a packed row, in both directions.
 
     query, key, value: (patches, heads, head_dim). ``ends``: (sequences + 1,) int32, where each
-    sequence starts and the last one ends; on the device if ``has_kernel``, else on the host.
+    sequence starts and the last one ends; on the device if ``has_kernel``, else on the host. A
+    sequence may be empty.
     ``longest``: patches of the longest one. Returns (patches, heads, head_dim).
     """
     if has_kernel(query.device, query.dtype):
@@ -123,7 +124,8 @@ def _rows_by_length(ends: tuple[int, ...]) -> list[tuple[int, slice | Tensor]]:
     """Length of a sequence → the rows of all sequences of that length, one after the other."""
     starts: defaultdict[int, list[int]] = defaultdict(list)
     for start, end in zip(ends, ends[1:], strict=False):
-        starts[end - start].append(start)
+        if end > start:
+            starts[end - start].append(start)
     found: list[tuple[int, slice | Tensor]] = []
     for length, first in starts.items():
         if first == list(range(first[0], first[0] + length * len(first), length)):
