@@ -11,7 +11,8 @@ help:
 	@echo '                IMAGES="a.jpg b.png" PROMPT="..." MODEL=folder-or-hub-name use your own'
 	@echo 'make check      ruff, mypy --strict, import-linter, sizes'
 	@echo 'make test       the tests; make test-all adds the full matrices'
-	@echo 'make bench      what an idle role, /encode and the router cost'
+	@echo 'make bench      what an idle role, /encode and the router cost; the same loads on several'
+	@echo '                topologies of a small model, in two minutes'
 	@echo 'make clean      remove the environment, logs and caches'
 
 setup:
@@ -36,6 +37,7 @@ test-all: setup
 
 bench: setup
 	$(BIN)/python benchmarks/idle_and_latency.py
+	$(BIN)/triptych bench topologies --together 2
 
 clean:
 	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

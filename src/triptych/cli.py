@@ -63,6 +63,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_INTERRUPTED)
 
 
+BENCHES: dict[type[Any], str] = {
+    b.BenchTransferConfig: "transfer",
+    b.BenchPlotConfig: "plot",
+    b.BenchServeConfig: "serve",
+    b.BenchTopologiesConfig: "topologies",
+    b.BenchCompareConfig: "compare",
+}
+"""The module of ``triptych.bench`` that measures it."""
+
+
+def _bench(config: Any) -> int:
+    done = importlib.import_module(f"triptych.bench.{BENCHES[type(config)]}").run(config)
+    if not asyncio.iscoroutine(done):
+        return int(done)
+    # uvloop cannot start children in process groups of their own.
+    starts = isinstance(config, b.BenchTopologiesConfig)
+    return int(asyncio.run(done) if starts else uvloop.run(done))
+
+
 def _leave(status: int) -> NoReturn:
     """End this process, which has cleaned up after itself.
 
@@ -84,10 +103,7 @@ def run(config: Any) -> int:
         demo = importlib.import_module("triptych.demo.run")
         return int(asyncio.run(demo.run(config)))
     if isinstance(config, b.BenchConfig):
-        if isinstance(config.what, b.BenchPlotConfig):
-            return int(importlib.import_module("triptych.bench.plot").run(config.what))
-        bench = importlib.import_module("triptych.bench.transfer")
-        return int(uvloop.run(bench.run(config.what)))
+        return _bench(config.what)
     if isinstance(config, EvalConfig):
         evaluation = importlib.import_module("triptych.eval.run")
         return int(asyncio.run(evaluation.run(config)))

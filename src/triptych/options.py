@@ -20,6 +20,8 @@ def check(config: Any, where: str = "") -> None:
         value, name = getattr(config, item.name), f"{where}{item.name.replace('_', '-')}"
         if is_dataclass(value):
             check(value, "timeouts." if item.name == "timeouts" else where)
+        elif value is None:
+            continue  # not given
         elif item.name in _AT_LEAST_ONE and value < 1:
             raise ConfigError(f"--{name} must be at least 1, not {value}")
         elif item.name == "port" and not 0 <= value <= 65535:
@@ -48,7 +50,8 @@ _AT_LEAST_ONE = {
     "landing_mib", "languages", "max_body_mib", "max_bytes", "max_choices", "max_frame_pixels",
     "max_frames", "max_images", "max_pixels", "max_requests", "max_sequences", "max_tokens",
     "max_video_bytes", "max_videos", "media_threads", "pool_mib", "prefills", "queue_patches",
-    "repeats",
+    "repeats", "requests",
+    "together",
 }  # fmt: skip
 
 

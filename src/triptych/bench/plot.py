@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,7 @@ def draw(found: Report, path: Path) -> None:
     rows = [row for row in found.rows if row.read_us is not None]
     if not rows:
         raise ConfigError("there is nothing to plot")
-    matplotlib, figures = _matplotlib()
-    with matplotlib.rc_context(_SETTINGS):
-        figure = figures.Figure(figsize=(7.5, 5.2), layout="constrained")
+    with picture(path, (7.5, 5.2)) as figure:
         axes = figure.add_subplot()
         _lines(axes, rows)
         sizes = sorted({row.nbytes for row in rows})
@@ -58,6 +57,15 @@ def draw(found: Report, path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
+
+
+@contextmanager
+def picture(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """A matplotlib figure of ``size`` inches that is written at the end. Raises ConfigError."""
+    matplotlib, figures = _matplotlib()
+    with matplotlib.rc_context(_SETTINGS):
+        figure = figures.Figure(figsize=size, layout="constrained")
+        yield figure
         # Without its date, a picture of the same figures is the same file.
         metadata = {"Date": None} if path.suffix == ".svg" else None
         try:

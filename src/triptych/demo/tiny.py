@@ -50,9 +50,9 @@ def make_tiny_model(
         raise ConfigError(f"no small model of family {family!r}; there are {', '.join(FAMILIES)}")
     spec = FAMILIES[family]
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(spec)
+    tokenizer = make_tokenizer(spec)
     tokenizer.save_pretrained(folder)
-    _write_processor(folder, spec)
+    write_processor(folder, spec)
 
     config = _config(family, spec, tokenizer)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
@@ -81,8 +81,11 @@ def _config(family: str, spec: Family, tokenizer: PreTrainedTokenizerFast) -> An
     )
 
 
-def _tokenizer(spec: Family) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every word of the corpus is one piece."""
+def make_tokenizer(
+    spec: Family, more: int = 0, max_length: int = TEXT["max_position_embeddings"]
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which every word of the corpus is one piece. ``more`` pieces besides stand
+    for what a larger vocabulary has: numbers that no text is cut into."""
     bpe = Tokenizer(BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -93,16 +96,26 @@ def _tokenizer(spec: Family) -> PreTrainedTokenizerFast:
     )
     words = WORDS.split()
     bpe.train_from_iterator([" ".join(["", *words]), "system user assistant \n"], trainer)
+    if more:
+        bpe = _enlarged(bpe, more)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token=END,
         pad_token=PAD,
         extra_special_tokens=spec.special,
-        model_max_length=TEXT["max_position_embeddings"],
+        model_max_length=max_length,
     )
     tokenizer.add_special_tokens({"additional_special_tokens": [START, *spec.tokens]})
     tokenizer.chat_template = spec.template.render()
     return tokenizer
+
+
+def _enlarged(bpe: Tokenizer, more: int) -> Tokenizer:
+    settings = json.loads(bpe.to_str())
+    vocabulary = settings["model"]["vocab"]
+    first = len(vocabulary)
+    vocabulary |= {f"Ġ{number:06}": number for number in range(first, first + more)}
+    return Tokenizer.from_str(json.dumps(settings))
 
 
 def _head_scale(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
@@ -118,7 +131,7 @@ def _head_scale(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     return scale
 
 
-def _write_processor(folder: Path, spec: Family) -> None:
+def write_processor(folder: Path, spec: Family) -> None:
     name = {"processor_class": spec.processor_class}
     files = {
         "preprocessor_config.json": spec.image_processor,
