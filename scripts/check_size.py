@@ -13,7 +13,7 @@ from pathlib import Path
 
 FILE_LINES = 400
 FUNCTION_LINES = 60
-PACKAGE_LINES = 24_000
+PACKAGE_LINES = 30_000
 """Lines of all files below src/triptych."""
 
 ROOT = Path(__file__).resolve().parent.parent
