@@ -8,7 +8,8 @@ from random import Random
 import pytest
 import torch
 
-from tests.end_to_end.engine_driver import FAMILIES, Case, Driver, Family
+from tests.end_to_end.engine_driver import Case, Driver, Family
+from tests.families import EVERY
 from tests.unit.test_flash_attention import _small_workspace, plain
 from triptych.engine.messages import Cancel, ItemLanded, Lapsed, Proven, Reserve, Used
 from triptych.request import Sampling, TokenEvent
@@ -19,7 +20,7 @@ LONG = Sampling(max_tokens=40, temperature=0)
 __all__ = ["_small_workspace", "plain"]  # fixtures
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     return Family(tmp_path_factory.mktemp(request.param), request.param)
 

@@ -32,6 +32,11 @@ CHUNK_TOKENS = 5
 N_ROWS = 4
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference of two logits, as a part of the largest logit."""
+NOISE = 3
+"""In 16 bits deep models differ by more from themselves, when the same tokens are computed in other
+portions. So many times as much may the engine differ,"""
+MOST_NOISE = 0.2
+"""but no more than this part of the largest logit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +62,31 @@ def selftest(model: LanguageModel, config: EngineConfig) -> float:
     rows = torch.randn(model.planes, N_ROWS, model.hidden_size, generator=generator)
     rows = rows.to(model.device, model.dtype)
     engine, answers = _by_the_engine(model, config, inputs, rows)
-    difference, scale = 0.0, 0.0
+    difference, noise, scale = 0.0, 0.0, 0.0
     for probe in PROBES:
-        reference = _by_the_plain_model(model, inputs[probe.name], answers[probe.name], rows)
-        got = torch.stack(engine[probe.name])
-        wrong = float((got - reference).abs().nan_to_num(torch.inf).max())
-        difference = max(difference, wrong)
+        prompt, answer = inputs[probe.name], answers[probe.name]
+        reference = _by_the_plain_model(model, prompt, answer, rows)
+        in_portions = _by_the_plain_model(model, prompt, answer, rows, CHUNK_TOKENS)
+        difference = max(difference, _difference(torch.stack(engine[probe.name]), reference))
+        noise = max(noise, _difference(in_portions, reference))
         scale = max(scale, float(reference.abs().max()))
-    if not difference <= TOLERANCE[model.dtype] * scale:
+    allowed = max(TOLERANCE[model.dtype] * scale, min(NOISE * noise, MOST_NOISE * scale))
+    if not difference <= allowed:
         raise UnsupportedModel(
             f"the engine gets this model wrong: its logits differ by {difference:.2g} from the "
-            f"plain model's, which go up to {scale:.2g}"
+            f"plain model's, which go up to {scale:.2g} and differ by {noise:.2g} from themselves"
         )
-    logger.info("self-test: logits differ by %.2g at most, scale %.2g", difference, scale)
+    logger.info(
+        "self-test: logits differ by %.2g at most, the plain model's own by %.2g, scale %.2g",
+        difference,
+        noise,
+        scale,
+    )
     return difference
+
+
+def _difference(some: Tensor, others: Tensor) -> float:
+    return float((some - others).abs().nan_to_num(torch.inf).max())
 
 
 def _prompt(model: LanguageModel, probe: _Probe, generator: torch.Generator) -> Prompt:
@@ -142,9 +158,13 @@ def _by_the_engine(
 
 
 def _by_the_plain_model(
-    model: LanguageModel, prompt: Prompt, answer: list[int], rows: Tensor
+    model: LanguageModel,
+    prompt: Prompt,
+    answer: list[int],
+    rows: Tensor,
+    step: int | None = None,
 ) -> Tensor:
-    """Logits of each token of the answer, in one pass over prompt and answer."""
+    """Logits of each token of the answer, over prompt and answer at once or ``step`` by step."""
     fed = torch.tensor(answer[:-1], device=model.device)
     embeds = model.embed(torch.cat([prompt.ids, fed]))
     visual_mask = torch.zeros(len(embeds), dtype=torch.bool, device=model.device)
@@ -155,5 +175,7 @@ def _by_the_plain_model(
         deepstack = list(rows[1:]) or None
     steps = torch.arange(len(fed), device=model.device) + prompt.next_position
     positions = torch.cat([prompt.positions, steps.expand(model.axes, -1)], 1)
-    logits = model.reference_logits(embeds, positions, visual_mask=visual_mask, deepstack=deepstack)
+    logits = model.reference_logits(
+        embeds, positions, visual_mask=visual_mask, deepstack=deepstack, step=step
+    )
     return logits[len(prompt.ids) - 1 :]

@@ -203,12 +203,15 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._failed: list[torch.cuda.CUDAGraph] = []
+        """Graphs whose capture failed. To free one ends the process."""
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, compute: Compute) -> Compute:
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
+        self._failed.append(graph)
         # Other threads of this process go on using the device meanwhile.
         with torch.cuda.graph(
             graph,
@@ -217,4 +220,5 @@ class CudaGraphs:
             capture_error_mode="thread_local",
         ):
             compute()
+        self._failed.remove(graph)
         return graph.replay

@@ -163,17 +163,27 @@ class LanguageModel:
         *,
         visual_mask: Tensor | None = None,
         deepstack: list[Tensor] | None = None,
+        step: int | None = None,
     ) -> Tensor:
         """Logits at every token of one sequence, (tokens, vocabulary) float32, by the plain model.
 
-        Arguments as for ``forward``. Nothing of the engine takes part.
+        Arguments as for ``forward``; ``step``: tokens at a time, by default all at once. Nothing of
+        the engine takes part.
         """
         self._use(REFERENCE_ATTENTION)
         # With a cache the model takes the tokens for one sequence, whatever their positions.
         cache = DynamicCache(config=self._decoder.config)
+        hidden = []
+        row = 0
         with torch.compiler.set_stance("force_eager"):
-            hidden = self._decode(embeds, positions, visual_mask, deepstack, past_key_values=cache)
-        return self.logits(hidden)
+            for start in range(0, len(embeds), step or len(embeds)):
+                part = slice(start, start + (step or len(embeds)))
+                mask = None if visual_mask is None else visual_mask[part]
+                rows = slice(row, row := row + (0 if mask is None else int(mask.sum())))
+                planes = None if deepstack is None else [plane[rows] for plane in deepstack]
+                arguments = (embeds[part], positions[:, part], mask, planes)
+                hidden.append(self._decode(*arguments, past_key_values=cache))
+        return self.logits(torch.cat(hidden))
 
     def _decode(
         self,

@@ -74,8 +74,9 @@ class VisionModel:
             self.capture(CudaGraphs(self.device))
 
     def capture(self, capture: Capture) -> None:
-        """Let forwards of shapes that come again be captured, where the tower packs its patches."""
-        if self._tables is not None:
+        """Let forwards of shapes that come again be captured, where the tower packs its patches and
+        takes all that follows from their sizes ready made: it must not ask the device for any."""
+        if self._tables is not None and self._grids_on.type == "cpu":
             tower = self._model.model.visual
             tower.forward = CapturedTower(tower, tower.spatial_merge_size**2, capture)
 
