@@ -112,6 +112,9 @@ class EngineConfig:
     """Most sequences running at once."""
     max_model_len: int = 0
     """Longest prompt plus answer; 0: what the model allows, capped by the KV cache."""
+    prefix_cache: bool = True
+    """Keep the KV of past prompts and answers until its memory is needed: one that begins like them
+    is not computed, nor are its images read, as far as it is the same."""
     threads: int = 0
     """CPU threads of the model's operations; 0: torch's default."""
     attention: Literal["auto", "flashinfer", "sdpa"] = "auto"

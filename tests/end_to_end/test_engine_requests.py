@@ -257,6 +257,10 @@ def test_messages_for_unknown_requests_are_ignored(driver: Driver) -> None:
     assert driver.failed == {}
 
 
+def used(driver: Driver) -> dict[str, int]:
+    return {state: n for state, n in driver.engine.usage.items() if n}
+
+
 def test_any_thread_sees_what_blocks_are_doing(driver: Driver, text: Case) -> None:
     whole, size = driver.engine.kv.n_blocks, driver.engine.kv.block_size
     driver.add(text, keep_kv=True)
@@ -265,11 +269,11 @@ def test_any_thread_sees_what_blocks_are_doing(driver: Driver, text: Case) -> No
     driver.engine.submit(Reserve("later", 3 * size))
     driver.until(lambda: "later" in driver.reserved)
     free = whole - kept - 3
-    assert driver.engine.usage == {"free": free, "pinned": 0, "reserved": 3, "leased": kept}
+    assert used(driver) == {"free": free, "reserved": 3, "leased": kept}
     driver.engine.submit(Cancel("text"))
     driver.engine.submit(Cancel("later"))
     assert driver.is_empty()
-    assert driver.engine.usage == {"free": whole, "pinned": 0, "reserved": 0, "leased": 0}
+    assert used(driver) == {"free": whole}
 
 
 def test_a_request_sent_twice_is_answered_once(driver: Driver, text: Case) -> None:

@@ -1,4 +1,4 @@
-"""Blocks against a plain set of free numbers."""
+"""Blocks against plain sets of free and of remembered numbers."""
 
 from __future__ import annotations
 
@@ -69,3 +69,57 @@ def test_no_block_is_held_twice_or_lost(
         assert len(every) == len(set(every))
         assert set(every) <= set(range(n_blocks))
         assert blocks.n_free == n_blocks - len(every)
+
+
+def test_what_is_named_is_found_until_its_memory_is_needed() -> None:
+    blocks = BlockManager(4, 16)
+    assert blocks.grow("a", 48) == (0, 1, 2)
+    for block, name in enumerate((b"x", b"y", b"z")):
+        blocks.name(block, name)
+    assert blocks.find([b"x", b"y", b"?", b"z"]) == (0, 1)
+    blocks.release("a")
+    assert (blocks.n_free, blocks.n_idle) == (4, 3)
+    assert blocks.find([b"x", b"y", b"z"]) == (0, 1, 2)
+    assert blocks.grow("b", 32) == (3, 2)  # what has no name first, then the end of a's
+    assert blocks.find([b"x", b"y", b"z"]) == (0, 1)
+
+
+def test_a_block_that_several_hold() -> None:
+    blocks = BlockManager(4, 16)
+    blocks.grow("a", 32)
+    blocks.name(0, b"x")
+    blocks.share("b", blocks.find([b"x"]))
+    assert blocks.grow("b", 32) == (0, 2)
+    assert (blocks.n_free, blocks.count_idle((0, 2, 3))) == (1, 1)
+    blocks.release("a")
+    assert (blocks.n_free, blocks.n_idle) == (2, 0)
+    assert blocks.grow("c", 32) is not None and blocks.find([b"x"]) == (0,)
+    blocks.release("b")
+    assert blocks.n_idle == 1 and blocks.find([b"x"]) == (0,)
+
+
+def test_the_second_of_a_name_is_just_a_block() -> None:
+    blocks = BlockManager(2, 16)
+    for holder, block in (("a", 0), ("b", 1)):
+        blocks.grow(holder, 16)
+        blocks.name(block, b"x")
+    blocks.release("b")
+    assert (blocks.n_free, blocks.n_idle) == (1, 0)
+    blocks.release("a")
+    assert (blocks.n_free, blocks.n_idle) == (2, 1)
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    blocks = BlockManager(3, 16)
+    for number, holder in enumerate("abc"):
+        blocks.grow(holder, 16)
+        blocks.name(number, holder.encode())
+    for holder in "bac":
+        blocks.release(holder)
+    blocks.share("again", blocks.find([b"b"]))
+    blocks.release("again")
+    found = []
+    for holder in "xyz":
+        blocks.grow(holder, 16)
+        found.append([name for name in (b"a", b"b", b"c") if blocks.find([name])])
+    assert found == [[b"b", b"c"], [b"b"], []]

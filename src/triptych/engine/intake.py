@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 
 from triptych.engine.messages import AddRequest, Reserve, StartDecode
+from triptych.engine.prefix import BlockNames
 from triptych.engine.runner import Prompt
 from triptych.engine.sequence import Phase, Reservation, Sequence, locate_items
 from triptych.errors import BadRequest, PromptTooLong
@@ -13,11 +14,13 @@ from triptych.models.language import LanguageModel
 
 
 class Intake:
-    """``max_tokens``: longest prompt plus answer."""
+    """``max_tokens``: longest prompt plus answer. ``named_blocks``: tokens of a block, if what is
+    computed may be found again, else 0."""
 
-    def __init__(self, model: LanguageModel, max_tokens: int) -> None:
+    def __init__(self, model: LanguageModel, max_tokens: int, named_blocks: int) -> None:
         self._model = model
         self._max_tokens = max_tokens
+        self._named_blocks = named_blocks
 
     def prompt(self, message: AddRequest) -> tuple[Sequence, Prompt]:
         """Raises BadRequest and PromptTooLong."""
@@ -46,6 +49,11 @@ class Intake:
             output=list(resumed),
             resumed=len(resumed),
         )
+        if self._named_blocks:
+            token_ids = (*message.token_ids, *resumed)
+            sequence.names = BlockNames(
+                token_ids, items, message.items, row_positions, self._named_blocks
+            )
         prompt = Prompt.build(self._model, message.token_ids, message.items, row_positions, resumed)
         sequence.next_position = prompt.next_position
         return sequence, prompt

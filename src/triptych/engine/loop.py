@@ -76,7 +76,8 @@ class Engine:
             kv_memory = torch.zeros(config.kv_mib * MIB, dtype=torch.uint8, device=model.device)
         self.model = model
         max_tokens = min(config.max_model_len or model.max_positions, model.max_positions)
-        self._intake = Intake(model, max_tokens)
+        named_blocks = config.block_size if config.prefix_cache else 0
+        self._intake = Intake(model, max_tokens, named_blocks)
         self._compute = Compute(model, kv_memory, config, max_tokens)
         self.kv, self._runner = self._compute.kv, self._compute.runner
         blocks = BlockManager(self._compute.n_blocks, config.block_size)
@@ -194,6 +195,12 @@ class Engine:
         for sequence, item in schedule.returned:
             self._give_back(sequence.request_id, item)
         self._out.wanted += [(sequence.request_id, item) for sequence, item in schedule.wanted]
+        self._out.needless += [(sequence.request_id, item) for sequence, item in schedule.needless]
+        for sequence in schedule.begun:
+            metrics.prefix_tokens.labels("found").inc(sequence.computed)
+            metrics.prefix_tokens.labels("computed").inc(sequence.n_prompt - sequence.computed)
+            if sequence.keep_kv and sequence.computed:
+                self._lend(sequence, sequence.computed)
 
     def _step(self, work: Seq[Work]) -> None:
         started = time.time()
@@ -237,7 +244,7 @@ class Engine:
             return
         item = sequence.items[message.item]
         assert item.where is not Rows.LANDED, "an image lands once"
-        if item.where is Rows.RETURNED and not message.borrowed:
+        if item.where is Rows.USED or (item.where is Rows.RETURNED and not message.borrowed):
             self._out.consumed.append((message.request_id, message.item))
             return
         item.where, item.borrowed = Rows.LANDED, message.borrowed
@@ -247,7 +254,8 @@ class Engine:
         sequence = self._sequences.get(message.request_id)
         if sequence is None:
             return
-        sequence.items[message.item].where = Rows.ASKED
+        item = sequence.items[message.item]
+        item.where = Rows.USED if item.where is Rows.USED else Rows.ASKED
         self._runner.drop_rows(message.request_id, message.item)
         dropped = self._withheld.roll_back(message.request_id, message.item)
         if dropped is not None:
@@ -292,6 +300,7 @@ class Engine:
             self._publish(result)
 
     def _publish(self, result: _Result) -> None:
+        self._scheduler.confirm(result.work.sequence, result.work.stop)
         if not result.work.is_decode:
             self._advance_prompt(result.work, result.started, result.ended)
         if result.sampled is not None:
@@ -307,11 +316,15 @@ class Engine:
                 item.where = Rows.USED
                 self._give_back(sequence.request_id, index)
         if sequence.keep_kv:
-            size = self.kv.block_size
-            n_blocks = len(sequence.blocks) if work.samples else stop // size
-            self._out.progress.append(
-                Progress(sequence.request_id, stop, sequence.blocks[:n_blocks])
-            )
+            self._lend(sequence, stop)
+
+    def _lend(self, sequence: Sequence, computed: int) -> None:
+        """A consumer may read its full blocks; of a whole prompt the last one as well."""
+        whole = computed == sequence.n_prompt
+        n_blocks = len(sequence.blocks) if whole else computed // self.kv.block_size
+        self._out.progress.append(
+            Progress(sequence.request_id, computed, sequence.blocks[:n_blocks])
+        )
 
     def _accept(self, work: Work, sampled: Sampled, started: float, ended: float) -> None:
         sequence, request_id = work.sequence, work.sequence.request_id

@@ -159,6 +159,9 @@ class StepOutput:
     """(request id, item) whose rows are to land, the most urgent first. Asked again for rows that
     were ``consumed``, if their request has to be computed once more; to be handled after
     ``consumed``. Nothing is to be done for rows that are on their way."""
+    needless: tuple[tuple[str, int], ...] = ()
+    """(request id, item) whose KV was found and whose rows are not needed. What is on its way all
+    the same is ``consumed`` when it lands."""
     failed: tuple[tuple[str, TriptychError], ...] = ()
     reserved: tuple[Reserved, ...] = ()
     spans: tuple[tuple[str, Span], ...] = ()

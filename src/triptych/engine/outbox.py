@@ -21,6 +21,7 @@ class Outbox:
     used: list[Used] = field(default_factory=list)
     consumed: list[tuple[str, int]] = field(default_factory=list)
     wanted: list[tuple[str, int]] = field(default_factory=list)
+    needless: list[tuple[str, int]] = field(default_factory=list)
     failed: list[tuple[str, TriptychError]] = field(default_factory=list)
     reserved: list[Reserved] = field(default_factory=list)
     spans: list[tuple[str, Span]] = field(default_factory=list)

@@ -7,6 +7,10 @@ than there is. Then the youngest running sequence is *preempted*: it gives its b
 the queue, where it is before all that came later, and is computed again from its first token. So
 the oldest always goes on, and everything ends.
 
+A sequence that comes to run first takes what it finds of its prompt's KV: blocks that others have
+computed, or it itself before it was preempted. At least one token is computed, since something has
+to be sampled from. Images all of whose rows are in found blocks are not read.
+
 Never preempted are a sequence that took over a reservation, which has its blocks from the start,
 and one whose KV is kept for a consumer, who may be reading its first blocks while the last are
 computed: they cannot be given to anybody else. What such a prompt still needs is nobody else's.
@@ -26,7 +30,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -71,6 +75,10 @@ class Schedule:
     """Images whose rows are here and are to be given back."""
     wanted: tuple[Image, ...]
     """Images to be brought, the most urgent first."""
+    needless: tuple[Image, ...]
+    """Images that are not here and will not be asked for again."""
+    begun: tuple[Sequence, ...]
+    """Sequences that run from now on, with ``computed`` tokens that were found."""
     granted: tuple[Reservation, ...]
     """Reservations that now have their blocks."""
     work: tuple[Work, ...]
@@ -88,8 +96,14 @@ class Scheduler:
         self.starting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._order = itertools.count(1)
+        self._kept: dict[str, tuple[int, ...]] = {}
+        """Blocks that are kept for consumers, by request."""
+        self._leased: Counter[int] = Counter()
+        """How many keep each of them."""
         self._preempted: list[Sequence] = []
         self._returned: list[Image] = []
+        self._needless: list[Image] = []
+        self._begun: list[Sequence] = []
 
     def add(self, entry: Sequence | Reservation) -> None:
         """Queue it. Raises PromptTooLong if it does not fit even an empty cache."""
@@ -109,6 +123,17 @@ class Scheduler:
         """Give up its running place; its blocks stay."""
         sequence.become(Phase.KEPT)
         self.running.remove(sequence)
+        self._kept[sequence.request_id] = sequence.blocks
+        self._leased.update(sequence.blocks)
+
+    def confirm(self, sequence: Sequence, n_tokens: int) -> None:
+        """The KV of its first ``n_tokens`` is there and proven right: others may find it."""
+        if sequence.names is None or n_tokens // self.blocks.block_size <= sequence.named:
+            return
+        names = sequence.names.first(n_tokens)
+        for number in range(sequence.named, len(names)):
+            self.blocks.name(sequence.blocks[number], names[number])
+        sequence.named = max(sequence.named, len(names))
 
     def end(self, request_id: str) -> None:
         """Forget the request, wherever it is, and free its blocks. Idempotent."""
@@ -116,15 +141,24 @@ class Scheduler:
         self.starting = deque(entry for entry in self.starting if entry.request_id != request_id)
         self.running = [entry for entry in self.running if entry.request_id != request_id]
         self.reserved.pop(request_id, None)
+        self._leased.subtract(self._kept.pop(request_id, ()))
+        self._leased = +self._leased
         self.blocks.release(request_id)
 
     def usage(self) -> dict[str, int]:
-        """Blocks by what they are doing; together, all of them. ``leased``: kept for a consumer."""
-        pinned = sum(len(entry.blocks) for entry in (*self.running, *self.starting))
+        """Blocks by what they are doing; together, all of them. ``leased``: kept for a consumer,
+        whoever else computes with them; ``cached``: free, but may be found again."""
         reserved = sum(len(entry.blocks) for entry in self.reserved.values())
-        free = self.blocks.n_free
-        leased = self.blocks.n_blocks - free - pinned - reserved
-        return {"free": free, "pinned": pinned, "reserved": reserved, "leased": leased}
+        leased = len(self._leased)
+        free, cached = self.blocks.n_free - self.blocks.n_idle, self.blocks.n_idle
+        pinned = self.blocks.n_blocks - free - cached - reserved - leased
+        return {
+            "free": free,
+            "cached": cached,
+            "pinned": pinned,
+            "reserved": reserved,
+            "leased": leased,
+        }
 
     def schedule(self) -> Schedule:
         granted = self._admit()
@@ -132,7 +166,9 @@ class Scheduler:
         wanted = tuple(self._wanted())
         preempted, self._preempted = tuple(self._preempted), []
         returned, self._returned = tuple(self._returned), []
-        return Schedule(preempted, returned, wanted, granted, work)
+        needless, self._needless = tuple(self._needless), []
+        begun, self._begun = tuple(self._begun), []
+        return Schedule(preempted, returned, wanted, needless, begun, granted, work)
 
     # ------------------------------------------------------------------ who runs
 
@@ -145,14 +181,14 @@ class Scheduler:
             entry = self.queue[0]
             if isinstance(entry, Sequence) and len(self.running) >= self.places:
                 break
-            needs = self._needs(entry)
+            found = self._find(entry) if isinstance(entry, Sequence) else ()
+            needs = self._needs(entry) - len(found) + self.blocks.count_idle(found)
             if needs > room:
                 break
             room -= needs
             self.queue.pop(0)
             if isinstance(entry, Sequence):
-                entry.become(Phase.PREFILL)
-                insort(self.running, entry, key=_by_order)
+                self._begin(entry, found)
             else:
                 blocks = self.blocks.grow(entry.request_id, entry.n_tokens)
                 assert blocks is not None, "there was room"
@@ -160,6 +196,29 @@ class Scheduler:
                 self.reserved[entry.request_id] = entry
                 granted.append(entry)
         return tuple(granted)
+
+    def _find(self, sequence: Sequence) -> tuple[int, ...]:
+        """Blocks of its prompt's beginning that are there."""
+        if sequence.names is None:
+            return ()
+        return self.blocks.find(sequence.names.first(sequence.n_prompt - 1))
+
+    def _begin(self, sequence: Sequence, found: tuple[int, ...]) -> None:
+        """Run it, behind the blocks that were found."""
+        sequence.become(Phase.PREFILL)
+        insort(self.running, sequence, key=_by_order)
+        self._begun.append(sequence)
+        sequence.foreseen = 0
+        if not found:
+            return
+        self.blocks.share(sequence.request_id, found)
+        sequence.blocks, sequence.named = found, len(found)
+        sequence.computed = len(found) * self.blocks.block_size
+        for index, item in enumerate(sequence.items):
+            if item.stop <= sequence.computed and item.where is not Rows.USED:
+                there = item.where is Rows.LANDED
+                (self._returned if there else self._needless).append((sequence, index))
+                item.where = Rows.USED
 
     def _needs(self, entry: Sequence | Reservation) -> int:
         """Blocks that it is still to be given without asking what others do: of a reservation all,
@@ -262,11 +321,14 @@ class Scheduler:
             if ahead <= 0:
                 break
             if isinstance(entry, Sequence):
-                ahead -= entry.n_prompt
+                if entry.foreseen < 0:
+                    entry.foreseen = len(self._find(entry)) * self.blocks.block_size
+                ahead -= entry.n_prompt - entry.foreseen
                 yield from self._ask(entry)
 
     def _ask(self, sequence: Sequence) -> Iterator[Image]:
         for index, item in enumerate(sequence.items):
-            if item.where in (Rows.AWAY, Rows.RETURNED):
+            away = item.where in (Rows.AWAY, Rows.RETURNED)
+            if away and item.stop > sequence.foreseen:
                 item.where = Rows.ASKED
                 yield sequence, index

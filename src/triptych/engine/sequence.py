@@ -6,9 +6,13 @@ import enum
 from collections.abc import Sequence as Seq
 from collections.abc import Set
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from triptych.errors import BadRequest
 from triptych.request import ItemMeta, Kind, Sampling
+
+if TYPE_CHECKING:
+    from triptych.engine.prefix import BlockNames
 
 
 class Phase(enum.Enum):
@@ -47,10 +51,12 @@ class ItemSpan:
     """(t, h, w) in patches for models with M-RoPE, else None."""
     kind: Kind = "image"
     second_per_grid: float | None = None
+    key: str = ""
+    """Of its content; "": not known, and KV behind it is never found again."""
 
     @classmethod
     def of(cls, meta: ItemMeta) -> ItemSpan:
-        return cls(meta.rows, meta.grid, meta.kind, meta.second_per_grid)
+        return cls(meta.rows, meta.grid, meta.kind, meta.second_per_grid, meta.key)
 
 
 @dataclass(slots=True)
@@ -109,6 +115,12 @@ class Sequence:
     """Tokens of ``output`` that ``n_prompt`` counts."""
     reserved: bool = False
     """Its blocks were: it has all it will ever need, and is never preempted."""
+    names: BlockNames | None = None
+    """Of its blocks; None: they are not to be found again."""
+    named: int = 0
+    """Blocks that have been named, or were found."""
+    foreseen: int = -1
+    """Tokens whose KV was there when its images were first asked for; -1: not yet."""
     scheduled: float | None = None
     """When it was first part of a step, wall-clock seconds; None: not yet."""
     decoding_since: float | None = None
@@ -124,7 +136,7 @@ class Sequence:
         The images whose rows are to be given back; those that are lent where they are cost
         nothing here and stay."""
         self.become(Phase.QUEUED)
-        self.computed, self.blocks = 0, ()
+        self.computed, self.named, self.blocks = 0, 0, ()
         self.n_prompt += len(self.output) - self.resumed
         self.resumed = len(self.output)
         for item in self.items:
@@ -135,6 +147,7 @@ class Sequence:
     def give_back(self) -> list[int]:
         """The images whose rows are here; they, and those that are still to come, are let go
         until they are asked for again. Those that are lent where they are stay."""
+        self.foreseen = -1
         here = []
         for index, item in enumerate(self.items):
             if item.where is Rows.LANDED and not item.borrowed:
@@ -146,8 +159,8 @@ class Sequence:
 
     @property
     def complete(self) -> bool:
-        """Every image has landed."""
-        return all(item.settled for item in self.items)
+        """Every image has landed, or will most likely not be needed."""
+        return all(item.settled or item.stop <= self.foreseen for item in self.items)
 
     @property
     def ready_until(self) -> int:
@@ -170,6 +183,8 @@ class Sequence:
     def accept(self, token: int) -> str:
         """Append a generated token; "stop", "length" or "" for why the answer ends with it."""
         self.output.append(token)
+        if self.names is not None:
+            self.names.extend((token,))
         if token in self.sampling.stop_ids:
             return "stop"
         return "length" if len(self.output) >= self.sampling.max_tokens else ""

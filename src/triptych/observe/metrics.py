@@ -132,6 +132,12 @@ preemptions = Counter(
     "triptych_preemptions", "Sequences that gave their KV blocks to older ones, to start again."
 )
 
+prefix_tokens = Counter(
+    "triptych_prefix_tokens",
+    "Tokens of prompts that began: their KV was found, or is computed.",
+    ["result"],
+)
+
 leases = Gauge("triptych_leases", "Leases on slots that this process lends.")
 leases_expired = Counter("triptych_leases_expired", "Leases that ended by their holder's silence.")
 lent = Counter(

@@ -48,6 +48,8 @@ class _Request:
     items: tuple[wire.PrefillItem, ...]
     coming: set[int] = field(default_factory=set)
     """Images that are on their way."""
+    claimed: set[int] = field(default_factory=set)
+    """Images whose leases are, or were, this process's: the router's have ended."""
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     """What is under way for it."""
 
@@ -87,6 +89,7 @@ class EmbeddingFeed:
         """Held by the request that takes room. Whoever holds room was asked for before whoever
         waits for it."""
         self._requests: dict[str, _Request] = {}
+        self._declines: set[asyncio.Task[None]] = set()
         self._extents: dict[tuple[str, int], Extent] = {}
         """Landed rows that the engine holds, by (request id, image)."""
         self._borrowed: dict[tuple[str, int], _Borrowed] = {}
@@ -119,7 +122,18 @@ class EmbeddingFeed:
             missing = [i for _, i in group if not self._has(request_id, request, i)]
             if missing:
                 request.coming.update(missing)
+                request.claimed.update(missing)
                 self._run(request_id, self._bring_all(request_id, request, missing))
+
+    def needless(self, found: Iterable[tuple[str, int]]) -> None:
+        """The engine will not ask for these: the leases that the router holds on them end."""
+        for request_id, index in found:
+            request = self._requests.get(request_id)
+            if request is not None and index not in request.claimed:
+                request.claimed.add(index)
+                task = asyncio.create_task(self._decline(request_id, request.items[index]))
+                self._declines.add(task)
+                task.add_done_callback(self._declines.discard)
 
     def used(self, used: Used) -> None:
         """The engine has read borrowed rows: ask their owners whether they were right."""
@@ -143,6 +157,7 @@ class EmbeddingFeed:
 
     async def close(self) -> None:
         tasks = [task for request in self._requests.values() for task in request.tasks]
+        tasks += self._declines
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -250,6 +265,13 @@ class EmbeddingFeed:
             transport=transport,
         )
         self._on_spans(request_id, [wait, read])
+
+    async def _decline(self, request_id: str, item: wire.PrefillItem) -> None:
+        try:
+            await self._consumer.decline(item.ref, request_id, self._timeouts.embedding)
+        except TriptychError as exc:
+            # An encoder that cannot be reached has lost the lease with its channel to the router.
+            logger.info("an embedding of %s was not given back: %s", request_id, exc.message)
 
     # ------------------------------------------------------------------ in place
 

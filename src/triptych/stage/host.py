@@ -160,6 +160,7 @@ class EngineHost:
         for request_id, item in output.consumed:
             self.feed.consumed(request_id, item)
         self.feed.wanted(output.wanted)
+        self.feed.needless(output.needless)
         self._on_output(output)
         for request_id in (
             *(event.request_id for event in output.tokens if event.finish),

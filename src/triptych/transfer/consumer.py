@@ -169,6 +169,18 @@ class Consumer:
             self._timeouts.rpc,
         )
 
+    async def decline(self, ref: AnyRef, request_id: str, timeout_s: float) -> None:
+        """The request does not need what ``ref`` names: take its lease over and let it end.
+
+        Raises what ``pull`` raises for a producer that cannot be reached.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        producer = await self._producer(ref.owner, deadline)
+        pull = self._claim(producer, ref, request_id)
+        pull.step(PullEvent.FAIL)
+        producer.forget(pull.claim)
+        producer.channel.send(wire.Release(pull.claim))
+
     async def close(self) -> None:
         """End all channels; pulls in progress raise WorkerLost."""
         self._closed = True

@@ -55,6 +55,8 @@ class Lease:
     """Session id."""
     claim: int | None = None
     """The consumer's number, once claimed."""
+    validated: int = 0
+    """Pieces that the consumer was told were right."""
 
 
 class Lender:
@@ -231,11 +233,12 @@ class Lender:
         end = message.first + message.count
         answer: wire.Message = wire.Expired(message.claim)
         if lease is not None and 0 <= message.first <= end <= len(lease.slot.pieces):
+            lease.validated = max(lease.validated, end)
             answer = wire.Valid(message.claim, message.first, message.count)
         self.outbox.append((session, answer))
 
     def release(self, session: str, message: wire.Release) -> AnyRef | None:
-        """Idempotent. The ref of a slot that the consumer could read to its end, else None."""
+        """Idempotent. The ref of a slot that the consumer has used to its end, else None."""
         lease = self._claims.get((session, message.claim))
         if lease is None:
             return None
@@ -243,7 +246,9 @@ class Lender:
             self._lapse(lease)
         else:
             self._drop(lease)
-        return lease.slot.ref if lease.slot.state is SlotState.READY else None
+        slot = lease.slot
+        had_all = slot.state is SlotState.READY and lease.validated == len(slot.pieces)
+        return slot.ref if had_all else None
 
     def may_read(self, session: str, pieces: Iterable[tuple[int, int]]) -> bool:
         """Is every (offset, nbytes) a whole ready piece of a slot that the session has claimed?"""
