@@ -7,6 +7,7 @@ fields, note the time.
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -164,7 +165,7 @@ class Client:
     async def _answer(self, sample: Sample, request: Request, begin: float) -> str:
         """The kind of error, "" for none."""
         path = f"{sample.url}/v1/chat/completions"
-        async with self._http.post(path, data=request.body) as response:
+        async with self._http.post(path, data=io.BytesIO(request.body)) as response:
             sample.request_id = response.headers.get("x-request-id", "")
             if response.status != 200:
                 return f"status {response.status}"
