@@ -137,6 +137,7 @@ def test_loads_can_be_made_and_have_names_of_their_own() -> None:
             assert len({name for name, _ in row.loads}) == len(row.loads)
             for _, load in row.loads:
                 check(load)
+    assert SUITES["full"][: len(SUITES["core"])] == SUITES["core"]
     picked = rows(BenchTopologiesConfig(suite="full", rows=("1080p x8 inf", "1080p x1 c1")))
     assert [row.name for row in picked] == ["1080p x8 inf", "1080p x1 c1"]
     assert rows(BenchTopologiesConfig(suite="full")) == list(SUITES["full"])

@@ -110,7 +110,7 @@ class BenchServeConfig:
 
 @dataclass(frozen=True)
 class BenchTopologiesConfig:
-    """Start arrangements of this machine's devices, one after the other, and load each the same."""
+    """Start arrangements of this machine's devices and load each the same."""
 
     arrangements: tuple[str, ...] = ("E+PD", "E/PD", "replicas", "E/P/D")
     """Which, in this order. "replicas": EPD on every device, each takes the next request in turn.
@@ -124,8 +124,8 @@ class BenchTopologiesConfig:
     """Random weights of this shape."""
     model: str | None = None
     """A model of your own in place of ``--shape``, which then says how large pools are."""
-    suite: Literal["small", "full", "steady"] = "small"
-    """Which loads."""
+    suite: Literal["small", "core", "full", "steady"] = "small"
+    """Which loads: "small" for the tiny shape, the others for real ones."""
     rows: tuple[str, ...] = ()
     """Only these loads of the suite, by name."""
     kv_mib: int | None = None
@@ -142,7 +142,8 @@ class BenchTopologiesConfig:
     compile_cache: Path | None = None
     """As of ``serve``."""
     together: int = 1
-    """So many arrangements are up at a time, idle but for the one that is measured."""
+    """So many arrangements are up at a time, idle but for the one that is measured. They take turns
+    load by load."""
     start_timeout: float = 180.0
     """Seconds until an arrangement must be ready."""
     limit: float = 3600.0

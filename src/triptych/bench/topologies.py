@@ -1,8 +1,8 @@
 """``triptych bench topologies``: the same loads on several arrangements of one host's devices.
 
-Arrangements are started a few at a time, measured one after the other, and ended before the next
-few. Each row's images are the same for all of them: every arrangement has servers of its own, which
-have seen none before. The file of figures is written after every row.
+Arrangements are started a few at a time, measured in turn, never two at once, and ended before the
+next few. Each row's images are the same for all of them: every arrangement has servers of its own,
+which have seen none before. The file of figures is written after every row.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Running:
     """An arrangement whose servers are ready."""
 
     arrangement: Arrangement
-    urls: list[str]
+    client: Client
 
 
 class Bench:
@@ -87,15 +87,19 @@ class Bench:
     async def _wave(
         self, wave: Sequence[Arrangement], preparing: asyncio.Task[None], logs: Path
     ) -> None:
-        """Start all, then measure one after the other."""
+        """Start all, then measure in turn: the first loads of all are done first."""
         self._say(f"starting {', '.join(each.name for each in wave)}; logs in {logs}")
         async with AsyncExitStack() as stack:
             starting = [self._start(stack, each, logs) for each in wave]
             running = [each for each in await asyncio.gather(*starting) if each is not None]
+            for each in running:
+                await stack.enter_async_context(each.client)
             self._say(f"{len(running)} of {len(wave)} ready")
             await preparing
-            for each in running:
-                await self._measure(each)
+            for prepared in self._prepared:
+                for each in running:
+                    if self._left() > 0:
+                        await self._measure(each, prepared)
 
     async def _start(
         self, stack: AsyncExitStack, arrangement: Arrangement, logs: Path
@@ -116,27 +120,23 @@ class Bench:
         except TimeoutError:
             self._fail(arrangement, "left out: the limit was reached while it started")
             return None
-        return Running(arrangement, [children.url for children in servers])
+        client = Client([children.url for children in servers], self._secrets.api_key)
+        return Running(arrangement, client)
 
-    async def _measure(self, running: Running) -> None:
-        arrangement = running.arrangement
-        async with Client(running.urls, self._secrets.api_key) as client:
-            for prepared in self._prepared:
-                if self._left() <= 0:
-                    return
-                with serve.bars(self._out) as progress:
-                    rows = await serve.rows_of(
-                        client,
-                        arrangement.name,
-                        arrangement.devices,
-                        prepared,
-                        self._config.goal,
-                        self._left(),
-                        progress,
-                    )
-                self._note(rows=(*self.found.rows, *rows))
-                for row in rows:
-                    self._say(_line(row))
+    async def _measure(self, running: Running, prepared: Prepared) -> None:
+        with serve.bars(self._out) as progress:
+            rows = await serve.rows_of(
+                running.client,
+                running.arrangement.name,
+                running.arrangement.devices,
+                prepared,
+                self._config.goal,
+                self._left(),
+                progress,
+            )
+        self._note(rows=(*self.found.rows, *rows))
+        for row in rows:
+            self._say(_line(row))
 
     def _rows_of(self, arrangement: Arrangement) -> bool:
         return any(row.arrangement == arrangement.name for row in self.found.rows)
