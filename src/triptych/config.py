@@ -159,6 +159,14 @@ class RouterConfig:
     port: int = 8000
     topology: Literal["E/P/D", "E/PD", "EPD", "any"] = "any"
     """The topology asked for; /ready is an error while it is not in effect."""
+    encoders: int = 1
+    """Encoder workers asked for; fewer are an error in /ready, and so for the other roles."""
+    prefills: int = 1
+    """Prefill workers asked for."""
+    decodes: int = 1
+    """Decode workers asked for."""
+    languages: int = 1
+    """Language workers asked for."""
     served_name: str | None = None
     """Name of the model in the API; by default what was given on the command line."""
     allowed_media_root: Path | None = None
@@ -300,12 +308,15 @@ class Secrets:
     """Authenticates roles to each other."""
     api_key: str | None = field(repr=False, default=None)
     """What clients of the public API must send; None: nothing is asked."""
+    operator_key: str | None = field(repr=False, default=None)
+    """What whoever drains workers must send; None: nobody may by HTTP."""
 
 
 def secrets_from_environment(
     environ: Mapping[str, str] | None = None, *, make: bool = False
 ) -> Secrets:
-    """``TRIPTYCH_SECRET`` or the file ``TRIPTYCH_SECRET_FILE``; ``TRIPTYCH_API_KEY`` likewise.
+    """``TRIPTYCH_SECRET`` or the file ``TRIPTYCH_SECRET_FILE``; ``TRIPTYCH_API_KEY`` and
+    ``TRIPTYCH_OPERATOR_KEY`` likewise.
 
     ``make``: with no shared secret given, make one (for children of this process).
     Raises ConfigError when there is none, or one shorter than 16 bytes.
@@ -321,7 +332,11 @@ def secrets_from_environment(
         )
     if len(shared.encode()) < 16:
         raise ConfigError("the shared secret is shorter than 16 bytes")
-    return Secrets(shared=shared.encode(), api_key=_secret(env, "TRIPTYCH_API_KEY"))
+    return Secrets(
+        shared=shared.encode(),
+        api_key=_secret(env, "TRIPTYCH_API_KEY"),
+        operator_key=_secret(env, "TRIPTYCH_OPERATOR_KEY"),
+    )
 
 
 def environment_of_children(shared: Secrets) -> dict[str, str]:

@@ -9,7 +9,8 @@
     │   │   └── BadVideo       or a video                                                     400
     │   ├── PromptTooLong      prompt and answer do not fit the model or the pools            400
     │   ├── Unauthorized       the API key is missing or wrong                                401
-    │   └── UnknownModel       the model asked for is not the one served                      404
+    │   ├── UnknownModel       the model asked for is not the one served                      404
+    │   └── UnknownWorker      no worker has that name                                        404
     ├── Overloaded             nobody is at fault; try again later                            429
     │   └── NoRoom             a pool is full, and the request was not to wait for it         429
     ├── Cancelled              the client went away or asked for an end                       499
@@ -78,6 +79,11 @@ class Unauthorized(ClientError):
 class UnknownModel(ClientError):
     status = 404
     code = "model_not_found"
+
+
+class UnknownWorker(ClientError):
+    status = 404
+    code = "worker_not_found"
 
 
 class Overloaded(TriptychError):

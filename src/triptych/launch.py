@@ -21,7 +21,7 @@ import threading
 import time
 from asyncio.subprocess import DEVNULL, STDOUT, Process
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,7 +51,8 @@ POLL_S = 0.2
 KILL_AFTER_S = Timeouts().drain + 5.0
 """A child that was asked to end and has not by then is killed."""
 RESTARTS = 5
-"""How often a worker that ends is started again."""
+"""How often a worker that ends is started again, unless it ran for ``STEADY_S``."""
+STEADY_S = 60.0
 RESTART_S = 0.5
 """Before it is."""
 TAIL_LINES = 15
@@ -73,11 +74,17 @@ class Command:
 
 def role_configs(config: ServeConfig) -> dict[str, list[Any]]:
     """The configurations of every process of the topology, by role, router first."""
+    if config.topology == "EPD":
+        config = replace(config, encoders=1, languages=1)
     router = RouterConfig(
         model=config.model,
         host=config.host,
         port=config.port,
         topology=config.topology,
+        encoders=config.encoders,
+        prefills=config.prefills,
+        decodes=config.decodes,
+        languages=config.languages,
         allowed_media_root=config.allowed_media_root,
         allow_private_media=config.allow_private_media,
         parent_pipe=config.parent_pipe,
@@ -171,6 +178,9 @@ class Child:
     process: Process
     log: Path
     restarts: int = 0
+    """Since it last ran for ``STEADY_S``."""
+    started: float = field(default_factory=time.monotonic)
+    """Of the process that runs now."""
 
     def failure(self) -> WorkerLost:
         """Why it ended, as far as it said, and the end of its log."""
@@ -236,6 +246,7 @@ class Children:
             )
 
     def _watch(self, child: Child) -> None:
+        child.started = time.monotonic()
         self._ends[asyncio.create_task(child.process.wait())] = child
         self._say(f"{child.command.name}: pid {child.process.pid}, log {child.log}")
 
@@ -265,37 +276,29 @@ class Children:
 
     async def _answering(self) -> None:
         """Ask the router until it knows every worker, and tell what it waits for."""
-        told = ""
+        told: str | None = None
         limit = aiohttp.ClientTimeout(total=Timeouts().rpc)
         async with aiohttp.ClientSession(timeout=limit) as client:
             while True:
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                     async with client.get(f"{self.url}/ready") as answer:
-                        waiting = self._waiting_for(await answer.json())
-                    if not waiting:
+                        waiting = (await answer.json())["reason"]
+                    if waiting is None:
                         return
                     if waiting != told:
                         self._say(f"router: {waiting}")
                     told = waiting
                 await asyncio.sleep(POLL_S)
 
-    def _waiting_for(self, ready: dict[str, Any]) -> str:
-        """What is missing by the router's answer to ``/ready``; "" when all are there."""
-        if not ready["ready"]:
-            return str(ready["reason"])
-        for role, wanted in role_configs(self.config).items():
-            known = int(ready["workers"].get(role, 0))
-            if role != "router" and known < len(wanted):
-                return f"waiting for {len(wanted) - known} more of role {role}"
-        return ""
-
     async def keep(self) -> None:
         """Start workers again that end. Raises WorkerLost when the router ends, or a worker more
-        than ``RESTARTS`` times."""
+        than ``RESTARTS`` times in a row."""
         while True:
             ended, _ = await asyncio.wait(self._ends, return_when=asyncio.FIRST_COMPLETED)
             for end in ended:
                 child = self._ends.pop(end)
+                if time.monotonic() - child.started > STEADY_S:
+                    child.restarts = 0
                 if child is self.running[0] or child.restarts >= RESTARTS:
                     raise child.failure()
                 self._say(str(child.failure()))

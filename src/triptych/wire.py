@@ -20,10 +20,14 @@ from typing import TypeVar
 
 import msgspec
 
+from triptych.capabilities import Capacity as Capacity
+from triptych.capabilities import ModelIdentity as ModelIdentity
+from triptych.capabilities import TransportOffer as TransportOffer
+from triptych.capabilities import mismatch as mismatch
 from triptych.refs import AnyRef, EmbeddingRef, KVLayout, KVRef
 from triptych.request import ItemMeta, Kind, Sampling, Span, TokenEvent
 
-VERSION = 4
+VERSION = 5
 """Of this file's messages. Peers of another version are refused at hello, both named."""
 MAX_FRAME = 16 << 20
 """Bytes of the largest channel frame."""
@@ -37,58 +41,6 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
 
 
 # ------------------------------------------------------------------ handshake
-
-
-class ModelIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Two workers may exchange embeddings or KV only if ``mismatch`` finds nothing."""
-
-    name: str
-    """What the operator called it; for messages, not compared: folders differ between hosts."""
-    fingerprint: str
-    """Hash of the configuration and of the checkpoint's index."""
-    dtype: str
-    """Of embeddings and KV; "" for the router, which holds neither."""
-    processor: str
-    """``Processor.backend`` (pixels of different ones differ); "" where none is used."""
-
-
-def mismatch(ours: ModelIdentity, theirs: ModelIdentity) -> str | None:
-    """Why the two cannot work together, both named; None when they can."""
-    for what in ("fingerprint", "dtype", "processor"):
-        mine, other = getattr(ours, what), getattr(theirs, what)
-        if mine and other and mine != other:
-            return f"{what} {other} of {theirs.name!r} is not {mine} of {ours.name!r}"
-    return None
-
-
-class Capacity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What placement needs to know of a worker."""
-
-    pool_nbytes: int = 0
-    kv_blocks: int = 0
-    block_size: int = 0
-    max_model_len: int = 0
-
-    @property
-    def kv_tokens(self) -> int:
-        return self.kv_blocks * self.block_size
-
-
-class TransportOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a producer's pool can be reached by one transport."""
-
-    kind: str
-    host: str
-    """Boot id of the producer's host: equal means the same machine."""
-    address: str
-    """Unix socket (shm), ``host:port`` of the session (mooncake), base URL (http)."""
-    base: int = 0
-    """Address of the pool's first byte, where the transport needs one."""
-    nbytes: int = 0
-    """Size of the pool."""
-    protocol: str = ""
-    """What the bytes move by where the kind leaves it open: "nvlink", "rdma", "tcp" (mooncake),
-    "staged" (shm, when the memory is a GPU's)."""
 
 
 class Challenge(Message, frozen=True, tag="challenge"):
@@ -114,6 +66,8 @@ class Hello(Message, frozen=True, tag="hello"):
     proof: str
     kv: KVLayout | None = None
     """Of the KV that this worker hands over or takes; None when it does neither."""
+    transports: tuple[str, ...] = ()
+    """Kinds by which it can read and be read, the best first."""
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
@@ -241,6 +195,12 @@ class Spans(Message, frozen=True, tag="spans"):
     spans: tuple[Span, ...]
 
 
+class Draining(Message, frozen=True, tag="draining"):
+    """This worker is to be given nothing new. ``done``: nothing runs here any more."""
+
+    done: bool = False
+
+
 # ------------------------------------------------------------------ router → worker, channel
 
 
@@ -248,6 +208,14 @@ class Cancel(Message, frozen=True, tag="cancel"):
     """End everything this worker does for the request. Idempotent."""
 
     request_id: str
+
+
+class Drain(Message, frozen=True, tag="drain"):
+    """Begin to drain."""
+
+
+class Unneeded(Message, frozen=True, tag="unneeded"):
+    """To a worker that drains: no request of this router is with it any more."""
 
 
 # ------------------------------------------------------------------ router → worker, HTTP
@@ -348,7 +316,7 @@ class Problem(Message, frozen=True, tag="problem"):
 
 ChannelMessage = (
     Challenge | Hello | Welcome | Refused | Ping | Pong | Claim | Ready | Denied | Validate
-    | Valid | Expired | Release | Tokens | Failed | Spans | Cancel
+    | Valid | Expired | Release | Tokens | Failed | Spans | Draining | Cancel | Drain | Unneeded
 )  # fmt: skip
 
 M = TypeVar("M", bound=Message)

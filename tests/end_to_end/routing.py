@@ -11,7 +11,7 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from tests.end_to_end.stub_workers import SECRETS, TIMEOUTS, StubWorker
+from tests.end_to_end.stub_workers import MODEL, SECRETS, TIMEOUTS, StubWorker
 from triptych.config import ModelConfig, RouterConfig, Secrets, Timeouts
 from triptych.router.app import Router
 from triptych.router.prompt import Prompter
@@ -50,7 +50,7 @@ async def deploy(
     **more: Any,
 ) -> AsyncIterator[Deployment]:
     config = RouterConfig(ModelConfig("unused"), served_name="tiny", timeouts=timeouts, **more)
-    router = Router(config, secrets, prompter)
+    router = Router(config, secrets, prompter, MODEL)
     sock = bind("127.0.0.1", 0)
     url = url_of(sock)
     server = HttpServer(router.app, sock, 1)

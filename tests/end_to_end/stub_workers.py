@@ -21,6 +21,8 @@ from triptych.transfer.handshake import dial
 
 SECRETS = Secrets(shared=b"a secret of sixteen bytes or more")
 IDENTITY = wire.ModelIdentity(name="tiny", fingerprint="f" * 16, dtype="float32", processor="pil")
+MODEL = wire.ModelIdentity(name="tiny", fingerprint="", dtype="", processor="")
+"""As the router knows it."""
 TIMEOUTS = Timeouts(
     connect=2, handshake=2, heartbeat=0.2, silence=2, rpc=2, pool=2, worker=0.5, media=2, drain=1
 )
@@ -40,6 +42,7 @@ class StubWorker:
     identity: wire.ModelIdentity = IDENTITY
     capacity: wire.Capacity = field(default_factory=lambda: wire.Capacity(max_model_len=2048))
     kv: KVLayout | None = None
+    transports: tuple[str, ...] = ("shm", "http")
     release: str = __version__
     secrets: Secrets = SECRETS
     answer: Sequence[int] = ()
@@ -57,6 +60,8 @@ class StubWorker:
     calls: list[tuple[str, wire.Message]] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     cancelled_at: asyncio.Event = field(default_factory=asyncio.Event)
+    told: list[wire.ChannelMessage] = field(default_factory=list)
+    """About draining, by the router."""
     hold: asyncio.Event | None = None
     """POST requests wait for it."""
 
@@ -116,12 +121,15 @@ class StubWorker:
             capacity=self.capacity,
             proof="",
             kv=self.kv,
+            transports=self.transports,
         )
 
     def _on_message(self, channel: Channel, message: wire.ChannelMessage) -> None:
         if isinstance(message, wire.Cancel):
             self.cancelled.append(message.request_id)
             self.cancelled_at.set()
+        elif isinstance(message, wire.Drain | wire.Unneeded):
+            self.told.append(message)
 
     def _routes(self) -> list[BaseRoute]:
         def post(path: str, kind: type[wire.Message], handler: object) -> BaseRoute:

@@ -46,6 +46,7 @@ async def test_a_client_that_leaves_is_cancelled_everywhere(
     prompter: Prompter, moment: str
 ) -> None:
     workers = epd()
+    n_involved = {"encode": 2, "reserve": 3}.get(moment, 4)
     if moment == "encode":
         workers[0].hold = workers[1].hold = asyncio.Event()
     elif moment == "reserve":
@@ -61,10 +62,10 @@ async def test_a_client_that_leaves_is_cancelled_everywhere(
             await anext(stream)
             await stream.close()
         else:
-            await asyncio.sleep(0.4)
+            await until(lambda: sum(bool(w.calls) for w in d.workers) == n_involved)
             ask.cancel()
         involved = [w for w in d.workers if w.calls]
-        assert len(involved) == {"encode": 2, "reserve": 3}.get(moment, 4)
+        assert len(involved) == n_involved
         for worker in involved:
             await gone(worker)
             (request_id,) = set(worker.cancelled)

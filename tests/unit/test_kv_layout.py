@@ -179,6 +179,9 @@ class Idle:
 
     def cancel(self, request_id: str) -> None: ...
 
+    def busy(self) -> bool:
+        return False
+
 
 @asynccontextmanager
 async def worker_of(router: str) -> AsyncIterator[Stage]:
@@ -189,7 +192,7 @@ async def worker_of(router: str) -> AsyncIterator[Stage]:
         secrets=Secrets(shared=SECRET),
         identity=IDENTITY,
     )
-    stage.attach(Idle(), wire.Capacity(), LAYOUT)
+    stage.attach(Idle(), wire.Capacity(), LAYOUT, transports=())
     running = asyncio.create_task(stage.serve(handle_signals=False))
     try:
         async with asyncio.timeout(5):

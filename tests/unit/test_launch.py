@@ -37,10 +37,9 @@ class Ready(http.server.BaseHTTPRequestHandler):
         up += wanted.exists()
         encoders = min(up, 2)  # the second one comes later
         body = json.dumps({
-            "ready": encoders > 0, "reason": "no encoder yet",
-            "workers": {"encoder": encoders, "language": 1},
+            "reason": ("no encoder yet", "waiting for 1 more of role encoder", None)[encoders],
         }).encode()
-        self.send_response(200 if encoders else 503)
+        self.send_response(200 if encoders == 2 else 503)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -231,6 +230,24 @@ async def test_a_worker_that_dies_later_is_started_again(
     assert gone([worker.process.pid])
 
 
+async def test_one_that_had_run_for_long_is_started_again_and_again(
+    start: Callable[..., Children], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RESTARTS", 1), ("RESTART_S", 0.01), ("STEADY_S", 0.0)):
+        monkeypatch.setattr(launch, name, value)
+    async with start(WORKER) as children:
+        await children.ready()
+        keeping = asyncio.create_task(children.keep())
+        for _ in range(3):
+            last = children.running[1].process
+            last.kill()
+            async with asyncio.timeout(WITHIN_S):
+                while children.running[1].process is last:  # noqa: ASYNC110 (of another task)
+                    await asyncio.sleep(0.01)
+        assert not keeping.done()
+        keeping.cancel()
+
+
 async def test_the_end_of_the_router_is_the_end(start: Callable[..., Children]) -> None:
     async with start(WORKER) as children:
         await children.ready()
@@ -242,8 +259,8 @@ async def test_the_end_of_the_router_is_the_end(start: Callable[..., Children]) 
 async def test_not_ready_in_time_says_what_was_waited_for(
     start: Callable[..., Children], said: list[str]
 ) -> None:
-    async with start("import time; time.sleep(600)", start_timeout=2.0) as children:
-        with pytest.raises(DeadlineExceeded, match="not ready after 2 s"):
+    async with start("import time; time.sleep(600)", start_timeout=6.0) as children:
+        with pytest.raises(DeadlineExceeded, match="not ready after 6 s"):
             await children.ready()
     assert "router: no encoder yet" in said
 

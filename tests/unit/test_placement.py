@@ -11,11 +11,12 @@ from triptych.router.placement import (
     Item,
     Recent,
     answering_roles,
+    apart,
     estimated_patches,
-    missing_roles,
     place_decode,
     place_prompt,
     prefer,
+    shortfall,
     spread_items,
 )
 
@@ -193,8 +194,11 @@ def test_those_that_failed_come_last() -> None:
     assert prefer(["a"], {"a"}) == ["a"]
 
 
+ONE_EACH = {"encoder": 1, "prefill": 1, "decode": 1, "language": 1}
+
+
 @pytest.mark.parametrize(
-    ("topology", "present", "roles", "missing"),
+    ("topology", "present", "roles", "lacking"),
     [
         ("E/P/D", ["encoder", "prefill", "decode"], ("prefill", "decode"), []),
         ("E/P/D", ["encoder", "language"], ("prefill", "decode"), ["prefill", "decode"]),
@@ -207,7 +211,22 @@ def test_those_that_failed_come_last() -> None:
     ],
 )
 def test_what_a_topology_needs(
-    topology: str, present: list[str], roles: tuple[str, ...], missing: list[str]
+    topology: str, present: list[str], roles: tuple[str, ...], lacking: list[str]
 ) -> None:
     assert answering_roles(topology, present) == roles
-    assert missing_roles(topology, present) == missing
+    assert shortfall(topology, ONE_EACH, dict.fromkeys(present, 1)) == lacking
+
+
+def test_fewer_than_asked_for_is_a_shortfall() -> None:
+    asked = {"encoder": 3, "prefill": 2, "decode": 1, "language": 9}
+    present = {"encoder": 1, "decode": 1}
+    assert shortfall("E/P/D", asked, present) == ["2 more of role encoder", "prefill"]
+    assert shortfall("E/P/D", asked, {"encoder": 3, "prefill": 4, "decode": 1}) == []
+
+
+def test_workers_that_cannot_read_each_other() -> None:
+    both, shm = ("shm", "http"), ("shm",)
+    producers = [("e-0", both), ("e-1", ("http",))]
+    assert apart([("p-0", both)], producers) == []
+    assert apart([("p-0", both), ("p-1", shm)], producers) == ["p-1 reads by shm, e-1 offers http"]
+    assert apart([], producers) == apart([("p-0", shm)], []) == []

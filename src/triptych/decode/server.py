@@ -106,6 +106,9 @@ class DecodeService:
         for request_id in lost:
             self.cancel(request_id)
 
+    def busy(self) -> bool:
+        return bool(self._requests)
+
     def cancel(self, request_id: str) -> None:
         """Free the request's blocks, but not before a read that was under way has ended."""
         reserved = self._requests.pop(request_id, None)
@@ -208,5 +211,6 @@ def create(config: DecodeConfig, secrets: Secrets) -> Stage:
     service = DecodeService(stage, model, config)
     stage.post("/reserve", wire.ReserveRequest, service.reserve)
     stage.post("/decode", wire.DecodeRequest, service.decode)
-    stage.attach(service, service.host.capacity, service.host.layout)
+    host = service.host
+    stage.attach(service, host.capacity, host.layout, transports=host.transports)
     return stage

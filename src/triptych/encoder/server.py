@@ -30,7 +30,7 @@ class EncoderWorker:
         self, stage: Stage, config: EncoderConfig, processor: Processor, model: VisionModel
     ) -> None:
         self.region = open_region(config.pool_mib * MIB, stage.nonce, model.device)
-        self._transports = open_transports(
+        self.transports = open_transports(
             config.network.transport,
             self.region,
             url=stage.url,
@@ -51,12 +51,12 @@ class EncoderWorker:
 
     async def stop(self) -> None:
         await self.service.stop()
-        for transport in self._transports.values():
+        for transport in self.transports.values():
             transport.close()
         self.region.close()
 
     def offers(self) -> tuple[wire.TransportOffer, ...]:
-        return tuple(transport.offer() for transport in self._transports.values())
+        return tuple(transport.offer() for transport in self.transports.values())
 
     async def encode(self, message: wire.EncodeRequest, channel: Channel) -> wire.EncodeResponse:
         return await self.service.encode(message, channel.session)
@@ -66,6 +66,9 @@ class EncoderWorker:
 
     def on_lost(self, channel: Channel) -> None:
         self.service.producer.session_lost(channel.session)
+
+    def busy(self) -> bool:
+        return self.service.producer.n_leases > 0
 
     def cancel(self, request_id: str) -> None:
         self.service.cancel(request_id)
@@ -94,5 +97,6 @@ def create(config: EncoderConfig, secrets: Secrets) -> Stage:
     worker = EncoderWorker(stage, config, processor, model)
     stage.post("/encode", wire.EncodeRequest, worker.encode)
     stage.route(transfer_route(worker.region, stage.sessions, worker.service.producer.may_read))
-    stage.attach(worker, wire.Capacity(pool_nbytes=worker.service.pool.nbytes))
+    capacity = wire.Capacity(pool_nbytes=worker.service.pool.nbytes)
+    stage.attach(worker, capacity, transports=worker.transports)
     return stage

@@ -61,6 +61,9 @@ class LanguageService:
         for request_id in [r for r, session in self._held.items() if session == channel.session]:
             self.cancel(request_id)
 
+    def busy(self) -> bool:
+        return bool(self._held)
+
     def cancel(self, request_id: str) -> None:
         if self._held.pop(request_id, None) is not None:
             self.host.feed.end(request_id)
@@ -82,5 +85,5 @@ def create(config: LanguageConfig, secrets: Secrets) -> Stage:
     )
     service = LanguageService(stage, model, config)
     stage.post("/generate", wire.PrefillRequest, service.generate)
-    stage.attach(service, service.host.capacity)
+    stage.attach(service, service.host.capacity, transports=service.host.transports)
     return stage

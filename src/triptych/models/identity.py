@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import msgspec
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
@@ -43,20 +44,43 @@ def resolve_dtype(config: ModelConfig, checkpoint: PreTrainedConfig) -> torch.dt
 def identity(config: ModelConfig, processor: str) -> ModelIdentity:
     """``processor``: the image backend (``Processor.backend``). Reads no weights but samples."""
     checkpoint = read_config(config)
-    digest = hashlib.sha256()
-    for part in _parts(config, checkpoint):
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return ModelIdentity(
-        name=config.model.rstrip("/").rsplit("/", 1)[-1],
-        fingerprint=digest.hexdigest()[:32],
+    return msgspec.structs.replace(
+        _configured(config, checkpoint),
+        fingerprint=_digest((_settings(checkpoint), *_weights(config, checkpoint))),
         dtype=str(resolve_dtype(config, checkpoint)).removeprefix("torch."),
         processor=processor,
     )
 
 
-def _parts(config: ModelConfig, checkpoint: PreTrainedConfig) -> Iterator[bytes]:
+def router_identity(config: ModelConfig) -> ModelIdentity:
+    """Of who has a checkpoint's tokenizer and perhaps not its weights."""
+    return _configured(config, read_config(config))
+
+
+def _configured(config: ModelConfig, checkpoint: PreTrainedConfig) -> ModelIdentity:
+    return ModelIdentity(
+        name=config.model.rstrip("/").rsplit("/", 1)[-1],
+        fingerprint="",
+        dtype="",
+        processor="",
+        configuration=_digest((_settings(checkpoint),)),
+        revision=str(getattr(checkpoint, "_commit_hash", None) or ""),
+    )
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:32]
+
+
+def _settings(checkpoint: PreTrainedConfig) -> bytes:
     settings = {k: v for k, v in checkpoint.to_dict().items() if k not in NOT_THE_MODEL}
-    yield json.dumps(settings, sort_keys=True, default=str).encode()
+    return json.dumps(settings, sort_keys=True, default=str).encode()
+
+
+def _weights(config: ModelConfig, checkpoint: PreTrainedConfig) -> Iterator[bytes]:
     if config.load_format == "dummy":
         yield b"dummy"
         return

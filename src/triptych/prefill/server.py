@@ -99,6 +99,9 @@ class PrefillService:
     def on_lost(self, channel: Channel) -> None:
         self.producer.session_lost(channel.session)
 
+    def busy(self) -> bool:
+        return bool(self._slots)
+
     def cancel(self, request_id: str) -> None:
         """The router has lost interest; a decode worker that has claimed the slot keeps it."""
         self.producer.cancel(request_id)
@@ -153,5 +156,6 @@ def create(config: PrefillConfig, secrets: Secrets) -> Stage:
     service = PrefillService(stage, model, config)
     stage.post("/prefill", wire.PrefillRequest, service.prefill)
     stage.route(transfer_route(service.host.region, stage.sessions, service.producer.may_read))
-    stage.attach(service, service.host.capacity, service.host.layout)
+    host = service.host
+    stage.attach(service, host.capacity, host.layout, transports=host.transports)
     return stage

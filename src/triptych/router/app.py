@@ -22,8 +22,8 @@ from triptych.observe import exposition
 from triptych.router.chat import ChatEndpoint, error_response
 from triptych.router.inbox import Inboxes
 from triptych.router.membership import Membership
+from triptych.router.operating import Operating
 from triptych.router.pipeline import Pipeline
-from triptych.router.placement import missing_roles
 from triptych.router.prompt import Prompter
 from triptych.router.timelines import Timelines
 from triptych.stage.shell import SPANS_S
@@ -36,12 +36,19 @@ logger = logging.getLogger(__name__)
 class Router:
     """Everything a router is, but for its listening socket."""
 
-    def __init__(self, config: RouterConfig, secrets: Secrets, prompter: Prompter) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        secrets: Secrets,
+        prompter: Prompter,
+        identity: wire.ModelIdentity,
+    ) -> None:
+        """``identity``: of the model that is served."""
         self._config = config
         self._secrets = secrets
         self._worker_id = f"router-{os.getpid()}"
         self._nonce = random.token_hex(16)
-        self.membership = Membership()
+        self.membership = Membership(identity)
         self._inboxes = Inboxes()
         self.timelines = Timelines()
         self._pipeline = Pipeline(config, prompter, self.membership, self._inboxes, self.timelines)
@@ -66,7 +73,7 @@ class Router:
                 Route("/v1/models/{name:path}", self._models),
                 Route("/v1/requests/{request_id}/timeline", self._timeline),
                 Route("/health", self._health),
-                Route("/ready", self._ready),
+                *Operating(config, secrets, self.membership).routes,
                 Route("/metrics", self._metrics),
                 WebSocketRoute("/channel", listener.accept),
             ]
@@ -98,6 +105,8 @@ class Router:
             self._inboxes.failed(worker, message)
         elif isinstance(message, wire.Spans):
             self.timelines.add(message.request_id, message.spans)
+        elif isinstance(message, wire.Draining):
+            self.membership.drain(worker, done=message.done)
 
     # ------------------------------------------------------------------ clients
 
@@ -130,20 +139,6 @@ class Router:
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", "role": "router", "pid": os.getpid()})
-
-    async def _ready(self, request: Request) -> Response:
-        """200 while the topology asked for is in effect; otherwise 503 and what is missing."""
-        present = self.membership.present()
-        missing = missing_roles(self._config.topology, present)
-        reason = f"waiting for {' and '.join(missing)}" if missing else None
-        body = {
-            "ready": not missing,
-            "role": "router",
-            "reason": reason,
-            "topology": self._config.topology,
-            "workers": dict(sorted(present.items())),
-        }
-        return JSONResponse(body, status_code=503 if missing else 200)
 
     async def _metrics(self, request: Request) -> Response:
         return Response(exposition.render(), media_type=exposition.CONTENT_TYPE)

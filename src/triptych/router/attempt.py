@@ -53,6 +53,7 @@ class Attempt:
         self._charges: list[_Charge] = []
         self._holders: set[Worker] = set()
         """Workers that may hold something for this attempt."""
+        self._chosen: set[Worker] = set()
 
     # ------------------------------------------------------------------ placing
 
@@ -62,6 +63,7 @@ class Attempt:
         placed = spread_items(items, [worker.candidate for worker in known.values()])
         self.encoders = [known[worker_id] for worker_id in placed]
         for index, (worker, item) in enumerate(zip(self.encoders, items, strict=True)):
+            self._choose(worker)
             self._charge(worker, item.patches, index)
             worker.recent.add([item.digest])
 
@@ -84,6 +86,7 @@ class Attempt:
                 worker = known[place_prompt(n_prompt, n_kept, prompt.prefixes, candidates)]
                 worker.recent.add(reversed(prompt.prefixes))  # the longest is the first to go
             self.answering[role] = worker
+            self._choose(worker)
             self._charge(worker, n_kept)
 
     def _allowed(self, role: str, avoided: set[str], n_tokens: int = 0) -> dict[str, Worker]:
@@ -92,6 +95,12 @@ class Attempt:
         fitting = [w for w in workers if not 0 < w.capacity.max_model_len < n_tokens]
         known = {worker.worker_id: worker for worker in fitting or workers}
         return {worker_id: known[worker_id] for worker_id in prefer(list(known), avoided)}
+
+    def _choose(self, worker: Worker) -> None:
+        """Until the attempt is closed the worker may be sent something for it."""
+        if worker not in self._chosen:
+            self._chosen.add(worker)
+            worker.users += 1
 
     def _charge(self, worker: Worker, amount: int, item: int = -1) -> None:
         worker.load += amount
@@ -150,7 +159,7 @@ class Attempt:
         others = self._membership.workers(worker.role)
         if any(other.worker_id not in avoided and other is not worker for other in others):
             return True
-        return not worker.channel.is_open
+        return worker.draining or not worker.channel.is_open
 
     def close(self, *, cancel: Iterable[Worker] | None = None) -> None:
         """Forget the attempt. ``cancel``: who must drop what it holds; None: everybody."""
@@ -160,6 +169,10 @@ class Attempt:
         for worker in self._holders:
             worker.requests.pop(self.wire_id, None)
         self.discharge("encoder", "prefill", "decode", "language")
+        for worker in self._chosen:
+            worker.users -= 1
+            self._membership.settle(worker)
+        self._chosen.clear()
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -37,12 +37,17 @@ class WorkerClient:
     ) -> M:
         """``POST path`` within ``timeouts.rpc`` plus ``wait_s``, the worker's own waiting.
 
-        Raises what the worker answered, or WorkerLost when it cannot be reached or is silent.
+        Raises what the worker answered, or WorkerLost when it cannot be reached, is silent or is
+        lost meanwhile.
         """
         limit = self._timeouts.rpc + wait_s
         try:
-            async with asyncio.timeout(limit):
-                status, body = await self._post(worker, path, wire.encode(message))
+            async with asyncio.timeout(limit) as wait:
+                worker.waits.add(wait)
+                try:
+                    status, body = await self._post(worker, path, wire.encode(message))
+                finally:
+                    worker.waits.discard(wait)
         except TimeoutError as exc:
             raise WorkerLost(f"{worker.worker_id} did not answer {path} in {limit:g} s") from exc
         except (aiohttp.ClientError, OSError) as exc:

@@ -31,6 +31,7 @@ class Worker:
     capacity: wire.Capacity
     identity: wire.ModelIdentity
     kv: KVLayout | None
+    transports: tuple[str, ...]
     channel: Channel
     recent: Recent
     """Digests of the images that an encoder was asked for, prefixes of the prompts of others."""
@@ -40,6 +41,14 @@ class Worker:
     """By wire id: whom to tell when the worker is lost."""
     heard: bool = False
     """Something has come on its channel: it knows the session, and may be sent requests."""
+    users: int = 0
+    """Tries at requests that it was chosen for and that have not ended."""
+    draining: bool = False
+    """It is given nothing new."""
+    drained: asyncio.Event = field(default_factory=asyncio.Event)
+    """Nothing runs there any more, by its own word, or it is gone."""
+    waits: set[asyncio.Timeout] = field(default_factory=set)
+    """Of those who wait for an answer to a request."""
 
     @property
     def candidate(self) -> Candidate:
@@ -47,7 +56,9 @@ class Worker:
 
 
 class Membership:
-    def __init__(self) -> None:
+    def __init__(self, identity: wire.ModelIdentity) -> None:
+        """``identity``: what the router serves."""
+        self._identity = identity
         self._workers: dict[str, Worker] = {}
         """By channel session."""
         self._changed = asyncio.Event()
@@ -55,13 +66,16 @@ class Membership:
     def check(self, hello: wire.Hello) -> str | None:
         """Why a worker is refused, both sides named; None when it is welcome.
 
-        The first worker says which model is served, and the first that hands KV over or takes it
-        how that is laid out; the others must do the same.
+        The router says which model is served, as far as it knows that without weights, the first
+        worker the rest, and the first that hands KV over or takes it how that is laid out; the
+        others must do the same.
         """
         if hello.role not in ROLES:
             return f"a router takes workers of role {', '.join(ROLES)}, not {hello.role!r}"
         if hello.release != __version__:
             return f"the worker is release {hello.release}, this router release {__version__}"
+        if (reason := wire.mismatch(self._identity, hello.identity)) is not None:
+            return f"{reason} (which this router serves)"
         for worker in self._workers.values():
             if worker.worker_id == hello.worker_id:
                 continue  # it has dialled again
@@ -85,6 +99,7 @@ class Membership:
             capacity=hello.capacity,
             identity=hello.identity,
             kv=hello.kv,
+            transports=hello.transports,
             channel=channel,
             recent=Recent(_remembered(hello.capacity)),
         )
@@ -96,6 +111,9 @@ class Membership:
             return
         logger.warning("%s at %s is lost: %s", worker.worker_id, worker.url, reason)
         self._note_change(worker.role)
+        worker.drained.set()
+        for wait in worker.waits:
+            wait.reschedule(0.0)  # it has ended
         for tell in list(worker.requests.values()):
             tell(WorkerLost(f"{worker.worker_id} is lost: {reason}"))
 
@@ -109,12 +127,36 @@ class Membership:
         return worker
 
     def workers(self, role: str) -> list[Worker]:
-        """Those that may be sent requests."""
-        return [w for w in self._workers.values() if w.role == role and w.heard]
+        """Those that may be given requests."""
+        return [w for w in self.known() if w.role == role and not w.draining]
+
+    def known(self) -> list[Worker]:
+        """All that have joined, those that drain as well."""
+        return [worker for worker in self._workers.values() if worker.heard]
 
     def present(self) -> Counter[str]:
-        """Number of workers by role; roles without one are absent."""
-        return Counter(worker.role for worker in self._workers.values() if worker.heard)
+        """Number of workers that may be given requests, by role; roles without one are absent."""
+        return Counter(worker.role for worker in self.known() if not worker.draining)
+
+    # ------------------------------------------------------------------ draining
+
+    def drain(self, worker: Worker, *, done: bool) -> None:
+        """It is given nothing new. ``done``: by its own word, nothing runs there any more."""
+        if not worker.draining:
+            logger.info("%s drains", worker.worker_id)
+            worker.draining = True
+            self._note_change(worker.role)
+        if done:
+            worker.drained.set()
+        else:
+            self.settle(worker)
+
+    def settle(self, worker: Worker) -> None:
+        """Tell a worker that drains when no request is with it any more."""
+        if worker.draining and not worker.users:
+            worker.channel.send(wire.Unneeded())
+
+    # ------------------------------------------------------------------ waiting
 
     def longest(self, roles: Iterable[str]) -> int:
         """Tokens of the longest request that every role has a worker for; 0: none of them says."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Collection, Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 BOUND = 1.25
@@ -170,7 +170,28 @@ def answering_roles(topology: str, present: Collection[str]) -> tuple[str, ...]:
     return max(EITHER, key=fitness)
 
 
-def missing_roles(topology: str, present: Collection[str]) -> list[str]:
-    """What keeps a topology from being in effect: [] when it is."""
-    wanted = ("encoder", *answering_roles(topology, present))
-    return [role for role in wanted if role not in present]
+def shortfall(topology: str, asked: Mapping[str, int], present: Mapping[str, int]) -> list[str]:
+    """Workers that a topology lacks to be in effect: [] when it is.
+
+    ``asked`` and ``present``: number of workers by role.
+    """
+    lacking = []
+    for role in ("encoder", *answering_roles(topology, present)):
+        if not present.get(role):
+            lacking.append(role)
+        elif present[role] < asked[role]:
+            lacking.append(f"{asked[role] - present[role]} more of role {role}")
+    return lacking
+
+
+def apart(
+    consumers: Iterable[tuple[str, Sequence[str]]], producers: Iterable[tuple[str, Sequence[str]]]
+) -> list[str]:
+    """Pairs of workers between which nothing could be read. Each: its id and its transports."""
+    makers = list(producers)
+    return [
+        f"{reader} reads by {' and '.join(ways)}, {maker} offers {' and '.join(offered)}"
+        for reader, ways in consumers
+        for maker, offered in makers
+        if not set(ways) & set(offered)
+    ]

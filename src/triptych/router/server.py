@@ -6,6 +6,7 @@ import asyncio
 import signal
 
 from triptych.config import RouterConfig, Secrets
+from triptych.models.identity import router_identity
 from triptych.router.app import Router
 from triptych.router.prompt import Prompter
 from triptych.stage.http import HttpServer, bind, url_of
@@ -18,7 +19,9 @@ class RouterServer:
         """Raises ConfigError when the address cannot be had or the tokenizer not be read."""
         self._socket = bind(config.host, config.port)
         try:
-            self._router = Router(config, secrets, Prompter(config.model))
+            self._router = Router(
+                config, secrets, Prompter(config.model), router_identity(config.model)
+            )
         except BaseException:
             self._socket.close()
             raise

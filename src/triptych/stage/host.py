@@ -71,13 +71,13 @@ class EngineHost:
         memory = self.region.tensor(self.kv_offset, (cache,), torch.uint8)
         self.engine = Engine(model, memory, config, self._from_engine)
         export_usage("kv", self)
-        self._transports = open_transports(
+        self.transports = open_transports(
             transport,
             self.region,
             url=stage.url,
             host=urlsplit(stage.url).hostname or stage.network.host,
         )
-        self.consumer = Consumer(stage.dial, self.region, self._transports, stage.timeouts)
+        self.consumer = Consumer(stage.dial, self.region, self.transports, stage.timeouts)
         landing = Pool(self.region.carve(landing_nbytes), landing_nbytes)
         export_usage("landing", landing)
         self.feed = EmbeddingFeed(
@@ -126,13 +126,13 @@ class EngineHost:
         await self.feed.close()
         await self.consumer.close()
         await asyncio.to_thread(self.engine.close, self._stage.timeouts.drain)
-        for transport in self._transports.values():
+        for transport in self.transports.values():
             transport.close()
         self.region.close()
 
     def offers(self) -> tuple[wire.TransportOffer, ...]:
         """How others may read the KV blocks here."""
-        return tuple(transport.offer() for transport in self._transports.values())
+        return tuple(transport.offer() for transport in self.transports.values())
 
     def report_failed(self, request_id: str, error: TriptychError) -> None:
         self._stage.report(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import logging
 import math
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import TypeVar
 
 import msgspec
@@ -18,7 +19,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from triptych import wire
-from triptych.errors import BadRequest, ConfigError, Overloaded, TriptychError
+from triptych.config import Secrets
+from triptych.errors import BadRequest, ConfigError, Overloaded, TriptychError, Unauthorized
 from triptych.observe.metrics import rpc_seconds
 from triptych.transfer.channel import Channel, Sessions
 
@@ -133,6 +135,20 @@ def problem(exc: TriptychError) -> Response:
         headers={"retry-after": str(math.ceil(retry_after_s))} if retry_after_s else None,
         media_type=wire.MEDIA_TYPE,
     )
+
+
+def authorize_operator(headers: Mapping[str, str], secrets: Secrets) -> None:
+    """Raises Unauthorized unless there is an operator's key and the request carries it."""
+    if secrets.operator_key is None:
+        raise Unauthorized("no operator's key is set here: TRIPTYCH_OPERATOR_KEY")
+    given = headers.get("authorization", "").removeprefix("Bearer ").strip()
+    if not hmac.compare_digest(given.encode(), secrets.operator_key.encode()):
+        raise Unauthorized("the operator's key is missing or wrong")
+
+
+def drained(worker_id: str, done: bool) -> dict[str, object]:
+    """JSON answer to ``POST /drain``."""
+    return {"worker": worker_id, "drained": done}
 
 
 async def cancel_and_wait(*tasks: asyncio.Task[None]) -> None:

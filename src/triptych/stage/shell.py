@@ -11,7 +11,7 @@ import logging
 import os
 import secrets as random
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -22,12 +22,22 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from triptych import __version__, wire
 from triptych.config import NetworkConfig, Secrets, Timeouts
-from triptych.errors import PeerRefused, TriptychError, WorkerLost
+from triptych.errors import PeerRefused, TriptychError, Unauthorized, WorkerLost
 from triptych.observe import exposition
 from triptych.observe.metrics import record_span
 from triptych.refs import KVLayout
 from triptych.request import Span
-from triptych.stage.http import Handler, HttpServer, bind, cancel_and_wait, post_route, url_of
+from triptych.stage.draining import Drain
+from triptych.stage.http import (
+    Handler,
+    HttpServer,
+    authorize_operator,
+    bind,
+    cancel_and_wait,
+    drained,
+    post_route,
+    url_of,
+)
 from triptych.transfer.channel import Channel, OnLost, OnMessage, Sessions
 from triptych.transfer.handshake import Listener, dial
 
@@ -63,6 +73,9 @@ class Service(Protocol):
     def cancel(self, request_id: str) -> None:
         """End everything done for the request. Idempotent."""
 
+    def busy(self) -> bool:
+        """Something is held here for a request, or computed."""
+
 
 class Stage:
     """One worker's shell: bound socket, sessions, registration, reports to the router."""
@@ -83,6 +96,7 @@ class Stage:
         self.identity = identity
         self.capacity = wire.Capacity()
         self.kv: KVLayout | None = None
+        self.transports: tuple[str, ...] = ()
         self.nonce = random.token_hex(16)
         self.worker_id = f"{role}-{os.getpid()}-{self.nonce[:6]}"
         self._socket = bind(network.host, network.port)
@@ -95,6 +109,7 @@ class Stage:
         self._service: Service | None = None
         self._routes: list[BaseRoute] = []
         self._stopping = asyncio.Event()
+        self._drain = Drain(lambda: self.service.busy(), self.report)
         self._refused: PeerRefused | None = None
         """Why the router has not taken this worker the last time it dialled."""
         self._failure: TriptychError | None = None
@@ -105,11 +120,20 @@ class Stage:
 
     # ------------------------------------------------------------------ assembly
 
-    def attach(self, service: Service, capacity: wire.Capacity, kv: KVLayout | None = None) -> None:
-        """``kv``: layout of the KV that this worker hands over or takes, if it does."""
+    def attach(
+        self,
+        service: Service,
+        capacity: wire.Capacity,
+        kv: KVLayout | None = None,
+        *,
+        transports: Iterable[str],
+    ) -> None:
+        """``kv``: layout of the KV that this worker hands over or takes, if it does.
+        ``transports``: kinds by which it can read and be read."""
         self._service = service
         self.capacity = capacity
         self.kv = kv
+        self.transports = tuple(transports)
 
     def post(self, path: str, kind: type[M], handler: Handler[M]) -> None:
         self._routes.append(post_route(path, kind, handler, self.sessions, MAX_BODY))
@@ -125,7 +149,8 @@ class Stage:
     # ------------------------------------------------------------------ life
 
     async def serve(self, *, handle_signals: bool = True) -> None:
-        """Run until ``stop`` or, with ``handle_signals``, SIGTERM or SIGINT.
+        """Run until ``stop`` or, with ``handle_signals``, SIGTERM or SIGINT; then drain, for
+        ``timeouts.drain`` at most or until it is asked once more.
 
         Raises PeerRefused when the router refuses this worker before it was ever registered, and
         what ``fail`` was called with.
@@ -140,7 +165,11 @@ class Stage:
         registering = asyncio.create_task(self._stay_registered())
         try:
             await self._stopping.wait()
+            self._begin_drain()
+            if not await self._drain.wait(self.timeouts.drain):
+                logger.warning("ending although something still runs")
         finally:
+            self._drain.close()
             await cancel_and_wait(registering)
             if self.router is not None:
                 await self.router.close()
@@ -153,6 +182,8 @@ class Stage:
             raise self._refused
 
     def stop(self) -> None:
+        if self._stopping.is_set():
+            self._drain.hurry()
         self._stopping.set()
 
     def fail(self, error: TriptychError) -> None:
@@ -161,7 +192,11 @@ class Stage:
         if self._failure is None:
             logger.critical("this worker ends: %s", error.message)
             self._failure = error
+            self._drain.hurry()  # nothing that runs here will come to its end
             self.stop()
+
+    def _begin_drain(self) -> None:
+        self._drain.begin(registered=self.router is not None and self.router.is_open)
 
     async def _stay_registered(self) -> None:
         """Keep a channel to the router, whatever happens to it."""
@@ -187,6 +222,9 @@ class Stage:
                 await self.router.wait_closed()
                 self.router = None
                 logger.warning("the channel to router %s is lost", self.network.router)
+                self._drain.unneeded()
+                if self._drain.begun:
+                    return
             await asyncio.sleep(wait)
             wait = min(2 * wait, REDIAL_MAX_S)
 
@@ -216,6 +254,7 @@ class Stage:
             capacity=self.capacity,
             proof="",
             kv=self.kv,
+            transports=self.transports,
         )
 
     # ------------------------------------------------------------------ to the router
@@ -254,6 +293,10 @@ class Stage:
     def _on_message(self, channel: Channel, message: wire.ChannelMessage) -> None:
         if isinstance(message, wire.Cancel):
             self.service.cancel(message.request_id)
+        elif isinstance(message, wire.Drain):
+            self._begin_drain()
+        elif isinstance(message, wire.Unneeded):
+            self._drain.unneeded()
         else:
             self.service.on_message(channel, message)
 
@@ -298,6 +341,7 @@ class Stage:
                 Route("/health", self._health),
                 Route("/ready", self._ready),
                 Route("/metrics", self._metrics),
+                Route("/drain", self._drain_asked, methods=["POST"]),
                 WebSocketRoute("/channel", listener.accept),
                 *self._routes,
             ]
@@ -311,8 +355,21 @@ class Stage:
         reason = None if registered else f"not registered with router {self.network.router}"
         if not registered and self._refused is not None:
             reason = f"{reason}: {self._refused.message}"
-        body = {"ready": registered, "role": self.role, "reason": reason}
-        return JSONResponse(body, status_code=200 if registered else 503)
+        if self._drain.begun:
+            reason = "drained" if self._drain.done else "draining"
+        body = {"ready": reason is None, "role": self.role, "reason": reason}
+        return JSONResponse(body, status_code=503 if reason else 200)
+
+    async def _drain_asked(self, request: Request) -> Response:
+        """``POST /drain``: take nothing new. Answers 200 when nothing runs any more, 202 if
+        something still does after ``timeouts.drain``."""
+        try:
+            authorize_operator(request.headers, self.secrets)
+        except Unauthorized as error:
+            return JSONResponse({"error": error.message}, error.status)
+        self._begin_drain()
+        done = await self._drain.wait(self.timeouts.drain)
+        return JSONResponse(drained(self.worker_id, done), 200 if done else 202)
 
     async def _metrics(self, request: Request) -> Response:
         return Response(exposition.render(), media_type=exposition.CONTENT_TYPE)
