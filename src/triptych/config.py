@@ -40,7 +40,8 @@ class ModelConfig:
     """Share of a GPU's memory that this role's process may take, so that others on the same GPU
     keep theirs. Every process takes about 0.5 GiB for CUDA itself besides."""
     compile: bool = True
-    """Compile vision blocks and decoder layers, at start. On a CPU they are never compiled."""
+    """Compile vision blocks and decoder layers, at start, and capture what repeats as CUDA graphs.
+    Nothing of it on a CPU."""
     compile_cache: Path = Path("~/.cache/triptych/compiled")
     """Folder that keeps compiled code for the next start."""
 

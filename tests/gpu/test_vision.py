@@ -104,9 +104,9 @@ def test_captured_forwards_equal_eager_ones(
     captured, eager = on_gpu(tiny, "bfloat16"), on_gpu(tiny, "bfloat16")
     torch._dynamo.reset()
     if compiled:
-        captured.compile(tmp_path)  # which captures as well
-    else:
-        captured.capture(CudaGraphs(torch.device(DEVICE.type, torch.cuda.current_device())))
+        captured.compile(tmp_path)
+    assert captured.can_be_captured and not on_gpu(tiny, "float32").can_be_captured
+    captured.capture(CudaGraphs(captured.device))
     stop = threading.Event()
 
     def preprocess() -> None:

@@ -13,6 +13,7 @@ from triptych.encoder.runner import self_check
 from triptych.encoder.service import EncoderService
 from triptych.errors import ConfigError
 from triptych.media.processor import Processor
+from triptych.models.captured import CudaGraphs
 from triptych.models.loading import identity, load_encoder
 from triptych.models.vision import VisionModel
 from triptych.stage import Stage
@@ -94,6 +95,8 @@ def create(config: EncoderConfig, secrets: Secrets) -> Stage:
     self_check(model, processor)
     if config.model.compile and model.device.type != "cpu":
         model.compile(config.model.compile_cache)
+        if model.can_be_captured:
+            model.capture(CudaGraphs(model.device))
     worker = EncoderWorker(stage, config, processor, model)
     stage.post("/encode", wire.EncodeRequest, worker.encode)
     stage.route(transfer_route(worker.region, stage.sessions, worker.service.producer.may_read))

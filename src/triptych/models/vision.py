@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from triptych.errors import UnsupportedModel
-from triptych.models.captured import Capture, CapturedTower, CudaGraphs
+from triptych.models.captured import Capture, CapturedTower
 from triptych.models.compiled import compile_blocks
 from triptych.models.grids import GridTables
 from triptych.models.patches import project_patches
@@ -70,8 +70,11 @@ class VisionModel:
         """Let the blocks be compiled at the first forward; ``folder`` keeps the result."""
         n = compile_blocks(self._model, folder)
         logger.info("%d vision blocks will be compiled, with their cache in %s", n, folder)
-        if has_kernel(self.device, self.dtype):  # else sequences' ends are read on the host
-            self.capture(CudaGraphs(self.device))
+
+    @property
+    def can_be_captured(self) -> bool:
+        """As CUDA graphs: nothing in a forward is read on the host."""
+        return self._tables is not None and has_kernel(self.device, self.dtype)
 
     def capture(self, capture: Capture) -> None:
         """Let forwards of shapes that come again be captured, where the tower packs its patches and
