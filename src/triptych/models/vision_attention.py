@@ -70,22 +70,22 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """query, key, value: (1, heads, patches, head_dim). Returns (1, patches, heads, head_dim)."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return packed_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling)[None], None
+    # The operation hides what it does from the compiler; without one it is a detour.
+    attend = packed_attention if torch.compiler.is_compiling() else _packed_attention
+    return attend(q, k, v, cu_seq_lens_q, max_length_q, scaling)[None], None
 
 
 AttentionInterface.register(PACKED_ATTENTION, _attention)
 
 
-@torch.library.custom_op("triptych::packed_attention", mutates_args=())
-def packed_attention(
+def _packed_attention(
     query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float
 ) -> Tensor:
     """Attention within each sequence of a packed row, in both directions.
 
     query, key, value: (patches, heads, head_dim). ``ends``: (sequences + 1,) int32, where each
-    sequence starts and the last one ends; on the device if ``has_kernel``, else on the host. A
-    sequence may be empty.
-    ``longest``: patches of the longest one. Returns (patches, heads, head_dim).
+    sequence starts and the last one ends (some may be empty); on the device if ``has_kernel``, else
+    on the host. ``longest``: patches of the longest one. Returns (patches, heads, head_dim).
     """
     if has_kernel(query.device, query.dtype):
         # The kernel scales by head_dim ** -0.5; torch 2.11 has no argument for another factor.
@@ -95,6 +95,11 @@ def packed_attention(
         assert isinstance(out, Tensor)
         return out.contiguous()
     return _by_length(query, key, value, tuple(ends.tolist()), scaling)
+
+
+packed_attention = torch.library.custom_op(
+    "triptych::packed_attention", _packed_attention, mutates_args=()
+)
 
 
 @packed_attention.register_fake
