@@ -50,6 +50,8 @@ class VisionModel:
         """Such a tower that is given padded images and their sizes."""
         # Where lengths and grids are read: on the host, but by kernels.
         self._lengths_on = self._grids_on = torch.device("cpu")
+        self._reads_grids = False
+        """Does the tower's forward depend on more than what is computed from the grids here?"""
         if pack_attention(model):
             self._set_up_packing(model)
 
@@ -60,7 +62,8 @@ class VisionModel:
         if tower is None:
             self._pads = True
             return
-        if hasattr(tower, "embeddings"):  # GLM-4V looks its position embeddings up by both
+        self._reads_grids = hasattr(tower, "embeddings")
+        if self._reads_grids:  # GLM-4V looks its position embeddings up by both
             self._lengths_on = self._grids_on = self.device
         self._tables = GridTables(tower, self.device, self._lengths_on)
         if self.device.type == "cuda":
@@ -74,12 +77,17 @@ class VisionModel:
     @property
     def can_be_captured(self) -> bool:
         """As CUDA graphs: nothing in a forward is read on the host."""
-        return self._tables is not None and has_kernel(self.device, self.dtype)
+        return self._fills_up and has_kernel(self.device, self.dtype)
+
+    @property
+    def _fills_up(self) -> bool:
+        """May a batch be computed with patches of nobody's behind it?"""
+        return self._tables is not None and not self._reads_grids
 
     def capture(self, capture: Capture) -> None:
         """Let forwards of shapes that come again be captured, where the tower packs its patches and
         takes all that follows from their sizes ready made: it must not ask the device for any."""
-        if self._tables is not None and self._grids_on.type == "cpu":
+        if self._fills_up:
             tower = self._model.model.visual
             tower.forward = CapturedTower(tower, tower.spatial_merge_size**2, capture)
 
