@@ -36,6 +36,8 @@ from triptych.transfer.handshake import Listener, dial
 
 START_S = 300.0
 WAIT_S = 120.0
+KEEP_ALIVE_S = 2.0
+"""Less than the encoder's: a connection that it is about to close is not used."""
 TIMEOUTS = Timeouts()
 
 
@@ -184,7 +186,7 @@ async def running(config: EncoderConfig, secrets: Secrets, log: Path) -> AsyncIt
     try:
         channel = await _registered(registered, process, log)
         async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
             timeout=aiohttp.ClientTimeout(total=WAIT_S),
         ) as client:
             encoder = Encoder(channel.peer.url, channel, client, [])
