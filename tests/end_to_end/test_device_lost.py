@@ -17,7 +17,7 @@ from triptych.config import Timeouts
 from triptych.demo.tiny import make_tiny_model
 from triptych.errors import DeviceLost, TriptychError
 from triptych.models import stream
-from triptych.models.stream import failure
+from triptych.models.stream import failure, settle
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -76,3 +76,13 @@ def test_the_worker_ends_and_its_request_with_a_named_error(
         assert not cluster._thread.is_alive(), "the worker goes on"
     assert isinstance(cluster._error, DeviceLost)
     assert "illegal memory access" in cluster._error.message
+
+
+def test_a_thread_works_on_its_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams, kernels and captures that name none would be another GPU's."""
+    devices: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    before = torch.get_num_threads()
+    settle(torch.device("cuda", 1))
+    settle(CPU)
+    assert devices == [torch.device("cuda", 1)] and torch.get_num_threads() == before

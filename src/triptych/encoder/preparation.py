@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from triptych.media.image import ImageHeader, decode
 from triptych.media.processor import Processor
 from triptych.media.video import VideoHeader
 from triptych.media.video import decode as decode_video
+from triptych.models.stream import settle
 from triptych.models.vision import VisionModel
 
 logger = logging.getLogger(__name__)
@@ -85,10 +85,9 @@ class Preparer:
         """Items in preparation that keep every thread busy."""
         # Beside a GPU each works on an image of its own: its tensor operations start no threads
         # besides. On a CPU the limit would reach the model's own threads as well.
-        beside_gpu = model.device.type != "cpu"
-        limit = (torch.set_num_threads, (1,)) if beside_gpu else (None, ())
-        self._decoding = ThreadPoolExecutor(threads, "encoder-decode", *limit)
-        self._preprocessing = ThreadPoolExecutor(preprocessors, "encoder-preprocess", *limit)
+        own = (settle, (model.device, 0 if model.device.type == "cpu" else 1))
+        self._decoding = ThreadPoolExecutor(threads, "encoder-decode", *own)
+        self._preprocessing = ThreadPoolExecutor(preprocessors, "encoder-preprocess", *own)
 
     def submit(self, item: RawImage | RawVideo) -> Future[Prepared]:
         """Has the item, or the error. ``cancel`` keeps steps that have not begun from beginning."""

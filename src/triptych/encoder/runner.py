@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -23,7 +22,8 @@ from triptych.errors import TriptychError, UnsupportedModel
 from triptych.media.image import ImageHeader
 from triptych.media.processor import Processor
 from triptych.media.video import VideoHeader
-from triptych.models.stream import Stream, failure
+from triptych.models.compiled import first_forwards
+from triptych.models.stream import Stream, failure, settle
 from triptych.models.vision import Item, VisionModel
 from triptych.transfer.region import BaseRegion
 
@@ -91,8 +91,7 @@ class Runner:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads)
+        settle(self._model.device, self._threads)
         self._first_forwards()
         while (batch := self._batches.get()) is not None:
             self._on_result(self._encode(batch))
@@ -101,10 +100,11 @@ class Runner:
         # Here and not in the main thread: compiled code is valid for the settings of its thread.
         began = time.perf_counter()
         try:
-            for items in self._warm_up:
-                with self._stream.entered():
-                    self._model.encode(items)
-                    self._stream.mark()()
+            with first_forwards:
+                for items in self._warm_up:
+                    with self._stream.entered():
+                        self._model.encode(items)
+                        self._stream.mark()()
         except Exception as exc:  # engine thread's boundary: whoever starts it is told
             logger.exception("a first forward failed")
             self._warm.set_exception(exc)

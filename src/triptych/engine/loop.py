@@ -40,8 +40,9 @@ from triptych.engine.scheduler import Schedule, Scheduler, Work
 from triptych.engine.sequence import Phase, Reservation, Rows, Sequence
 from triptych.engine.withheld import Withheld
 from triptych.errors import TriptychError, WorkerLost
+from triptych.models.compiled import first_forwards
 from triptych.models.language import LanguageModel
-from triptych.models.stream import drain, failure
+from triptych.models.stream import drain, failure, settle
 from triptych.observe import metrics
 
 logger = logging.getLogger(__name__)
@@ -140,11 +141,11 @@ class Engine:
 
     def _warm_up(self) -> bool:
         # Here and not in the main thread: compiled code is valid for the settings of its thread.
-        if self._threads:
-            torch.set_num_threads(self._threads)
+        settle(self.model.device, self._threads)
         try:
-            self._compute.warm_up()
-            self._compute.capture()
+            with first_forwards:
+                self._compute.warm_up()
+                self._compute.capture()
         except Exception as exc:  # engine thread's boundary: whoever starts it is told
             logger.exception("warming up failed")
             self._warm.set_exception(exc)

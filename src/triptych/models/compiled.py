@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from torch.nn import Module
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+first_forwards = threading.Lock()
+"""Held while code may be compiled: the compiler traces by what all threads of the process share, so
+no other thread may run a model meanwhile."""
 
 
 def compile_blocks(model: Module, folder: Path, backend: str = "inductor") -> int:

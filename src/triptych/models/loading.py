@@ -19,7 +19,7 @@ from triptych.models.halves import Half, half_class, half_config
 from triptych.models.identity import identity, read_config, resolve_dtype
 from triptych.models.language import LanguageModel
 from triptych.models.quiet import quiet
-from triptych.models.stream import drain
+from triptych.models.stream import drain, settle
 from triptych.models.vision import VisionModel
 
 __all__ = ["identity", "load_encoder", "load_language", "resolve_dtype"]
@@ -52,6 +52,7 @@ def _load(config: ModelConfig, half: Half) -> Any:
     checkpoint = read_config(config)
     refusals.check(checkpoint)
     dtype = resolve_dtype(config, checkpoint)
+    settle(device)
     if device.type == "cuda":
         _compute_in_full()
         torch.cuda.set_per_process_memory_fraction(config.memory_fraction, device.index or 0)

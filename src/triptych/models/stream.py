@@ -42,6 +42,15 @@ class Stream:
         return wait
 
 
+def settle(device: torch.device, threads: int = 0) -> None:
+    """Before the calling thread computes: streams, kernels and captures that name no device are
+    ``device``'s, and operations on a CPU use ``threads`` (0: as they would)."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+
+
 def drain(device: torch.device) -> bool:
     """Wait until nothing that this process has queued can touch the device's memory any more.
 
