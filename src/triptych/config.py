@@ -113,11 +113,14 @@ class EngineConfig:
     """Most sequences running at once."""
     max_model_len: int = 0
     """Longest prompt plus answer; 0: what the model allows, capped by the KV cache."""
+    threads: int = 0
+    """CPU threads of the model's operations; 0: torch's default."""
+    overlap: Literal["adaptive", "off", "always"] = "adaptive"
+    """Prompts with images that are still to come: "always" computed as far as they go, "off" not at
+    all, "adaptive" with what would be idle otherwise."""
     prefix_cache: bool = True
     """Keep the KV of past prompts and answers until its memory is needed: one that begins like them
     is not computed, nor are its images read, as far as it is the same."""
-    threads: int = 0
-    """CPU threads of the model's operations; 0: torch's default."""
     attention: Literal["auto", "flashinfer", "sdpa"] = "auto"
     """"flashinfer": float16 or bfloat16 on CUDA; "sdpa": torch's own, sequence by sequence; "auto":
     the first if it can be had."""

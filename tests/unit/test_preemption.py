@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.unit.test_scheduler import prompt, run, scheduler, shown
 from triptych.engine.block_manager import BlockManager
 from triptych.engine.prefix import BlockNames
-from triptych.engine.scheduler import Schedule, Scheduler, Work
+from triptych.engine.scheduler import Overlap, Schedule, Scheduler, Work
 from triptych.engine.sequence import Item, ItemSpan, Phase, Reservation, Rows, Sequence
 from triptych.request import Sampling
 
@@ -75,7 +75,7 @@ def test_a_preempted_sequence_is_before_all_that_came_later() -> None:
 def test_what_is_kept_for_a_consumer_is_never_taken_away() -> None:
     """Nor is what it still needs: the consumer reads its first blocks while the last are computed,
     so that it can neither be stopped nor begun anew."""
-    owner = scheduler(n_blocks=8, chunk=6)
+    owner = scheduler(n_blocks=8, chunk=6, overlap="always")
     old = prompt("old", 4, answer=28)
     owner.add(old)
     run(owner.schedule(), owner)
@@ -207,8 +207,16 @@ class Machine:
     """What the engine does with a scheduler, without the model: its memory holds, instead of the
     KV of a token, all tokens up to it."""
 
-    def __init__(self, n_blocks: int, chunk: int, places: int, *, names: bool) -> None:
-        self.owner = Scheduler(BlockManager(n_blocks, 4), chunk, places)
+    def __init__(
+        self,
+        n_blocks: int,
+        chunk: int,
+        places: int,
+        *,
+        names: bool,
+        overlap: Overlap = "adaptive",
+    ) -> None:
+        self.owner = Scheduler(BlockManager(n_blocks, 4), chunk, places, overlap)
         self.known: dict[str, Sequence | Reservation] = {}
         self.lent: dict[str, tuple[int, ...]] = {}
         """Blocks that a consumer may be reading."""
@@ -309,6 +317,7 @@ class Machine:
             assert work.start == sequence.computed < work.stop <= len(sequence.blocks) * 4
             if not work.is_decode:
                 assert work.stop <= sequence.ready_until
+                assert owner.overlap != "off" or sequence.complete
             if sequence.keep_kv:
                 assert work.start // 4 >= len(self.lent.get(sequence.request_id, ()))
         assert all(not s.blocks and s.phase is Phase.QUEUED for s in step.preempted)
@@ -354,11 +363,18 @@ def carry_out(machine: Machine, wanted: Wanted, *, cancels: bool) -> None:
     assert machine.owner.blocks.n_free == machine.owner.blocks.n_blocks
 
 
-@given(st.lists(growing, max_size=8), st.integers(2, 9), st.integers(1, 5), *[st.booleans()] * 2)
+@given(
+    st.lists(growing, max_size=8),
+    st.integers(2, 9),
+    st.integers(1, 5),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["adaptive", "off", "always"]),
+)
 def test_no_block_in_two_hands_none_lost_and_everything_ends(
-    wanted: Wanted, chunk: int, places: int, cancels: bool, names: bool
+    wanted: Wanted, chunk: int, places: int, cancels: bool, names: bool, overlap: Overlap
 ) -> None:
-    carry_out(Machine(13, chunk, places, names=names), wanted, cancels=cancels)
+    carry_out(Machine(13, chunk, places, names=names, overlap=overlap), wanted, cancels=cancels)
 
 
 def test_what_was_computed_is_found_under_pressure() -> None:

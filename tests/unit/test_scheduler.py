@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triptych.engine.block_manager import BlockManager
-from triptych.engine.scheduler import Schedule, Scheduler
+from triptych.engine.scheduler import Overlap, Schedule, Scheduler
 from triptych.engine.sequence import (
     Item,
     ItemSpan,
@@ -28,8 +28,10 @@ def prompt(
     return Sequence(name, n, n_tokens, Sampling(max_tokens=answer), 0.0, items, keep_kv)
 
 
-def scheduler(n_blocks: int = 100, chunk: int = 8, sequences: int = 4) -> Scheduler:
-    return Scheduler(BlockManager(n_blocks, 4), chunk, sequences)
+def scheduler(
+    n_blocks: int = 100, chunk: int = 8, sequences: int = 4, overlap: Overlap = "adaptive"
+) -> Scheduler:
+    return Scheduler(BlockManager(n_blocks, 4), chunk, sequences, overlap)
 
 
 def run(step: Schedule, owner: Scheduler) -> None:

@@ -87,7 +87,9 @@ class Engine:
         self._threads = config.threads
         self._emit = emit
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._scheduler = Scheduler(blocks, config.chunk_tokens, config.max_sequences)
+        self._scheduler = Scheduler(
+            blocks, config.chunk_tokens, config.max_sequences, config.overlap
+        )
         self._warm: Future[None] = Future()
         self._sequences: dict[str, Sequence] = {}
         self._reservations: dict[str, Reservation] = {}

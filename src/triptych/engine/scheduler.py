@@ -17,10 +17,14 @@ computed: they cannot be given to anybody else. What such a prompt still needs i
 A reservation needs blocks only; the sequence that takes it over waits in ``starting`` for a place,
 before anything that is still queued.
 
-A step takes one token of every decoding sequence, then chunks of prompts. Prompts whose images
-have all landed go first; the others fill what is left, up to their first row that has not landed,
-and make nobody give up his blocks. There are never more running sequences than tokens in a step:
-decodes leave room for a prompt.
+A step takes one token of every decoding sequence, then chunks of prompts, in order of arrival and
+up to their first row that has not landed. ``overlap`` says what becomes of prompts some of whose
+images have not landed. "always": they are like others. "off": they wait in the queue, where others
+pass them. "adaptive": prompts that are complete go first, into places and into steps; the others
+fill what would be idle otherwise, take blocks from nobody and give theirs up first, and hold half
+of the cache at most while others run. One that has been passed by a certain amount of work counts
+as complete, so that it is not passed forever: its images may not fit where they land all at once.
+There are never more running sequences than tokens in a step: decodes leave room for a prompt.
 
 Images are asked for as late as the link allows: those of running sequences and, ahead, those of
 prompts that the next few steps may reach.
@@ -34,13 +38,17 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Literal
 
 from triptych.engine.block_manager import BlockManager
 from triptych.engine.sequence import Phase, Reservation, Rows, Sequence
 from triptych.errors import PromptTooLong
 
+Overlap = Literal["adaptive", "off", "always"]
 READ_AHEAD = 8
 """Steps whose prompts may have their images brought before they run."""
+PATIENCE = 64
+"""Full steps of others by which an incomplete prompt may be passed."""
 _by_order = attrgetter("order")
 
 
@@ -86,8 +94,15 @@ class Schedule:
 
 
 class Scheduler:
-    def __init__(self, blocks: BlockManager, chunk_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        chunk_tokens: int,
+        max_sequences: int,
+        overlap: Overlap = "adaptive",
+    ) -> None:
         self.blocks = blocks
+        self.overlap = overlap
         self.chunk_tokens = chunk_tokens
         self.places = min(max_sequences, chunk_tokens)
         self.queue: list[Sequence | Reservation] = []
@@ -176,26 +191,48 @@ class Scheduler:
         granted: list[Reservation] = []
         while self.starting and len(self.running) < self.places:
             insort(self.running, self.starting.popleft(), key=_by_order)
-        room = self.blocks.n_free - sum(self._needs(sequence) for sequence in self.running)
-        while self.queue:
-            entry = self.queue[0]
-            if isinstance(entry, Sequence) and len(self.running) >= self.places:
+        first = [entry for entry in self.queue if self._goes_first(entry)]
+        rest = [entry for entry in self.queue if not self._goes_first(entry)]
+        for entry in first:
+            if not self._enter(entry, granted):
+                return tuple(granted)
+        for entry in rest if self.overlap == "adaptive" else ():
+            if not (self._may_fill(entry) and self._enter(entry, granted)):
                 break
-            found = self._find(entry) if isinstance(entry, Sequence) else ()
-            needs = self._needs(entry) - len(found) + self.blocks.count_idle(found)
-            if needs > room:
-                break
-            room -= needs
-            self.queue.pop(0)
-            if isinstance(entry, Sequence):
-                self._begin(entry, found)
-            else:
-                blocks = self.blocks.grow(entry.request_id, entry.n_tokens)
-                assert blocks is not None, "there was room"
-                entry.blocks = blocks
-                self.reserved[entry.request_id] = entry
-                granted.append(entry)
         return tuple(granted)
+
+    def _goes_first(self, entry: Sequence | Reservation) -> bool:
+        if isinstance(entry, Reservation) or self.overlap == "always" or entry.complete:
+            return True
+        return self.overlap == "adaptive" and entry.passed >= PATIENCE * self.chunk_tokens
+
+    def _may_fill(self, entry: Sequence | Reservation) -> bool:
+        """Would it, with its like, leave half of the cache to the others, if there are any?"""
+        fill = [sequence for sequence in self.running if not self._goes_first(sequence)]
+        if len(fill) == len(self.running):
+            return True
+        blocks = sum(len(e.blocks) + self._needs(e) for e in (*fill, entry))
+        return 2 * blocks <= self.blocks.n_blocks
+
+    def _enter(self, entry: Sequence | Reservation, granted: list[Reservation]) -> bool:
+        """Let it run, or have its blocks, if there is a place and room beside what runs."""
+        if isinstance(entry, Sequence) and len(self.running) >= self.places:
+            return False
+        room = self.blocks.n_free - sum(self._needs(sequence) for sequence in self.running)
+        found = self._find(entry) if isinstance(entry, Sequence) else ()
+        needs = self._needs(entry) - len(found) + self.blocks.count_idle(found)
+        if needs > room:
+            return False
+        self.queue.remove(entry)
+        if isinstance(entry, Sequence):
+            self._begin(entry, found)
+        else:
+            blocks = self.blocks.grow(entry.request_id, entry.n_tokens)
+            assert blocks is not None, "there was room"
+            entry.blocks = blocks
+            self.reserved[entry.request_id] = entry
+            granted.append(entry)
+        return True
 
     def _find(self, sequence: Sequence) -> tuple[int, ...]:
         """Blocks of its prompt's beginning that are there."""
@@ -234,8 +271,8 @@ class Scheduler:
         decodes: list[Work] = []
         chunks: list[Work] = []
         budget = self.chunk_tokens - sum(s.phase is Phase.DECODE for s in self.running)
-        first = [s for s in self.running if s.phase is Phase.DECODE or s.complete]
-        fill = [s for s in self.running if s.phase is Phase.PREFILL and not s.complete]
+        first = [s for s in self.running if s.phase is Phase.DECODE or self._goes_first(s)]
+        fill = [s for s in self.running if s not in first] if self.overlap == "adaptive" else []
         for sequence in first:
             if sequence.phase is Phase.DECODE:
                 start = sequence.computed
@@ -249,7 +286,18 @@ class Scheduler:
         for sequence in [work.sequence for work in decodes]:
             # One block ahead, so that the step after this can be planned while this one computes.
             self._reach(sequence, min(sequence.computed + 2, sequence.n_tokens), preempts=False)
-        return (*decodes, *chunks)
+        work = (*decodes, *chunks)
+        self._pass_by(work)
+        return work
+
+    def _pass_by(self, work: tuple[Work, ...]) -> None:
+        """Incomplete prompts see it go by."""
+        n_tokens = sum(w.stop - w.start for w in work if self._goes_first(w.sequence))
+        for entry in (*self.running, *self.queue):
+            if isinstance(entry, Reservation) or entry.phase is Phase.DECODE:
+                continue
+            if not self._goes_first(entry):
+                entry.passed += n_tokens
 
     def _chunk(self, sequence: Sequence, budget: int, chunks: list[Work], *, preempts: bool) -> int:
         """Tokens of the chunk that was added, 0 if there is none."""
@@ -288,15 +336,16 @@ class Scheduler:
         return held + max(0, self.blocks.n_free - kept)
 
     def _victim(self, sequence: Sequence) -> Sequence | None:
-        """Who gives its blocks up for it: the youngest of those that are younger."""
-        younger = (
+        """Who gives its blocks up for it: the youngest of those that only fill, else of those
+        that are younger."""
+        others = [
             other
             for other in self.running
-            if other.order > sequence.order
-            and other.blocks
-            and not (other.keep_kv or other.reserved)
-        )
-        return max(younger, key=_by_order, default=None)
+            if other is not sequence and other.blocks and not (other.keep_kv or other.reserved)
+        ]
+        fill = [s for s in others if s.phase is Phase.PREFILL and not self._goes_first(s)]
+        younger = [other for other in others if other.order > sequence.order]
+        return max(fill or younger, key=_by_order, default=None)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Rows that were brought ahead go back as well: it will ask for its own, and nobody behind

@@ -119,6 +119,8 @@ class Sequence:
     """Of its blocks; None: they are not to be found again."""
     named: int = 0
     """Blocks that have been named, or were found."""
+    passed: int = 0
+    """Tokens of others that were computed while it waited for images."""
     foreseen: int = -1
     """Tokens whose KV was there when its images were first asked for; -1: not yet."""
     scheduled: float | None = None
