@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_scheduler import prompt, run, scheduler, shown
@@ -118,6 +118,25 @@ def test_a_reservation_is_granted_from_what_no_prompt_needs() -> None:
         run(step, owner)
 
 
+def test_who_has_its_blocks_is_given_a_place() -> None:
+    """Of one that may be waiting for these very blocks."""
+    owner = scheduler(n_blocks=8, chunk=4, sequences=1)
+    old = prompt("old", 4, answer=20)
+    owner.add(old)
+    run(owner.schedule(), owner)
+    owner.add(Reservation("r", 20, 0.0))
+    assert owner.schedule().granted
+    taking = prompt("r", 10, answer=10)
+    taking.phase, taking.computed, taking.output, taking.reserved = Phase.DECODE, 10, [7], True
+    owner.start(taking)
+    step = owner.schedule()
+    assert step.preempted == (old,) and shown(step) == [("r", 10, 11)]
+    for _ in range(60):
+        run(step, owner)
+        step = owner.schedule()
+    assert old.phase is taking.phase is Phase.ENDED
+
+
 def test_images_are_asked_for_when_a_prompt_runs_or_soon_may() -> None:
     owner = scheduler(n_blocks=100, chunk=4, sequences=1)
     for name in ("a", "b", "c", "d"):
@@ -146,9 +165,44 @@ def test_rows_are_given_back_and_asked_for_again() -> None:
             item.where = Rows.USED
     # What lies in the producer's memory stays: it takes no room that others wait for.
     assert step.returned == ((ahead, 1),)
+    assert step.withdrawn == (ahead,)
     assert step.wanted == ((young, 0), (young, 1), (ahead, 1), (ahead, 2))
     assert ahead.items[0].where is Rows.LANDED
     assert young.ready_until == 2
+
+
+def test_whoever_runs_is_brought_its_rows_before_those_who_wait() -> None:
+    """KV that was there when its images were first asked for is gone when it begins."""
+    owner = scheduler(n_blocks=6, chunk=20, sequences=1)
+    ids = [1, 99, 99, 2, 3, 4, 5, 6, 7]
+
+    def chat(name: str) -> Sequence:
+        sequence = prompt(name, 9, answer=4, items=(Item(1, 3, 2),))
+        spans = (ItemSpan(2, None, key="cat"),)
+        sequence.names = BlockNames(ids, sequence.items, spans, [1, 2], 4)
+        return sequence
+
+    first, second = chat("first"), chat("second")
+    other = prompt("other", 14, answer=8)
+    behind = prompt("behind", 9, items=(Item(2, 4, 2),))
+    owner.add(first)
+    land(owner.schedule())
+    while first.phase is not Phase.ENDED:
+        step = owner.schedule()
+        run(step, owner)
+        for work in step.work:
+            owner.confirm(first, work.stop) if first.phase is not Phase.ENDED else None
+    for sequence in (other, second, behind):
+        owner.add(sequence)
+    step = owner.schedule()
+    assert step.wanted == ((behind, 0),) and second.foreseen == 8
+    behind.items[0].where = Rows.LANDED
+    while other.phase is not Phase.ENDED:
+        run(owner.schedule(), owner)
+    step = owner.schedule()
+    assert step.begun == (second,) and second.computed == 0
+    assert step.returned == ((behind, 0),)
+    assert step.wanted == ((second, 0), (behind, 0))
 
 
 def test_cancelling_whoever_was_preempted_leaves_nothing() -> None:
@@ -363,6 +417,7 @@ def carry_out(machine: Machine, wanted: Wanted, *, cancels: bool) -> None:
     assert machine.owner.blocks.n_free == machine.owner.blocks.n_blocks
 
 
+@settings(deadline=None)  # some have many turns
 @given(
     st.lists(growing, max_size=8),
     st.integers(2, 9),

@@ -197,6 +197,7 @@ class Engine:
             self._out.span(sequence.request_id, "preempted", now, now)
         for sequence, item in schedule.returned:
             self._give_back(sequence.request_id, item)
+        self._out.withdrawn += [sequence.request_id for sequence in schedule.withdrawn]
         self._out.wanted += [(sequence.request_id, item) for sequence, item in schedule.wanted]
         self._out.needless += [(sequence.request_id, item) for sequence, item in schedule.needless]
         for sequence in schedule.begun:
@@ -258,7 +259,8 @@ class Engine:
         if sequence is None:
             return
         item = sequence.items[message.item]
-        item.where = Rows.USED if item.where is Rows.USED else Rows.ASKED
+        if item.where is Rows.LANDED:
+            item.where = Rows.ASKED
         self._runner.drop_rows(message.request_id, message.item)
         dropped = self._withheld.roll_back(message.request_id, message.item)
         if dropped is not None:

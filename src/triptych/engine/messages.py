@@ -155,10 +155,13 @@ class StepOutput:
     used: tuple[Used, ...] = ()
     consumed: tuple[tuple[str, int], ...] = ()
     """(request id, item) whose landed rows will not be read again."""
+    withdrawn: tuple[str, ...] = ()
+    """Requests whose rows that are still on their way are not wanted for now. To be handled after
+    ``consumed``; what lands all the same is ``consumed`` at once."""
     wanted: tuple[tuple[str, int], ...] = ()
     """(request id, item) whose rows are to land, the most urgent first. Asked again for rows that
-    were ``consumed``, if their request has to be computed once more; to be handled after
-    ``consumed``. Nothing is to be done for rows that are on their way."""
+    were ``consumed`` or withdrawn, so to be handled after both. Nothing is to be done for rows
+    that are on their way."""
     needless: tuple[tuple[str, int], ...] = ()
     """(request id, item) whose KV was found and whose rows are not needed. What is on its way all
     the same is ``consumed`` when it lands."""

@@ -20,6 +20,7 @@ class Outbox:
     prefilled: list[Prefilled] = field(default_factory=list)
     used: list[Used] = field(default_factory=list)
     consumed: list[tuple[str, int]] = field(default_factory=list)
+    withdrawn: list[str] = field(default_factory=list)
     wanted: list[tuple[str, int]] = field(default_factory=list)
     needless: list[tuple[str, int]] = field(default_factory=list)
     failed: list[tuple[str, TriptychError]] = field(default_factory=list)

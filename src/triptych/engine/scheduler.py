@@ -15,7 +15,7 @@ Never preempted are a sequence that took over a reservation, which has its block
 and one whose KV is kept for a consumer, who may be reading its first blocks while the last are
 computed: they cannot be given to anybody else. What such a prompt still needs is nobody else's.
 A reservation needs blocks only; the sequence that takes it over waits in ``starting`` for a place,
-before anything that is still queued.
+before anything that is still queued, and is given that of one that can be preempted.
 
 A step takes one token of every decoding sequence, then chunks of prompts, in order of arrival and
 up to their first row that has not landed. ``overlap`` says what becomes of prompts some of whose
@@ -27,7 +27,10 @@ as complete, so that it is not passed forever: its images may not fit where they
 There are never more running sequences than tokens in a step: decodes leave room for a prompt.
 
 Images are asked for as late as the link allows: those of running sequences and, ahead, those of
-prompts that the next few steps may reach.
+prompts that the next few steps may reach. Whoever brings them takes memory in the order in which
+they are asked for. So that none who runs waits for memory of one who waits for it to end, all that
+was brought or is on its way to the queue is given up, and asked for again, when a sequence is
+preempted or one that runs turns out to need more.
 """
 
 from __future__ import annotations
@@ -81,6 +84,8 @@ class Schedule:
     preempted: tuple[Sequence, ...]
     returned: tuple[Image, ...]
     """Images whose rows are here and are to be given back."""
+    withdrawn: tuple[Sequence, ...]
+    """Whatever is still on its way to these is not wanted."""
     wanted: tuple[Image, ...]
     """Images to be brought, the most urgent first."""
     needless: tuple[Image, ...]
@@ -117,6 +122,7 @@ class Scheduler:
         """How many keep each of them."""
         self._preempted: list[Sequence] = []
         self._returned: list[Image] = []
+        self._withdrawn: list[Sequence] = []
         self._needless: list[Image] = []
         self._begun: list[Sequence] = []
 
@@ -181,15 +187,16 @@ class Scheduler:
         wanted = tuple(self._wanted())
         preempted, self._preempted = tuple(self._preempted), []
         returned, self._returned = tuple(self._returned), []
+        withdrawn, self._withdrawn = tuple(self._withdrawn), []
         needless, self._needless = tuple(self._needless), []
         begun, self._begun = tuple(self._begun), []
-        return Schedule(preempted, returned, wanted, needless, begun, granted, work)
+        return Schedule(preempted, returned, withdrawn, wanted, needless, begun, granted, work)
 
     # ------------------------------------------------------------------ who runs
 
     def _admit(self) -> tuple[Reservation, ...]:
         granted: list[Reservation] = []
-        while self.starting and len(self.running) < self.places:
+        while self.starting and self._has_place_for_reserved():
             insort(self.running, self.starting.popleft(), key=_by_order)
         first = [entry for entry in self.queue if self._goes_first(entry)]
         rest = [entry for entry in self.queue if not self._goes_first(entry)]
@@ -200,6 +207,15 @@ class Scheduler:
             if not (self._may_fill(entry) and self._enter(entry, granted)):
                 break
         return tuple(granted)
+
+    def _has_place_for_reserved(self) -> bool:
+        """Who waits for a place with all its blocks does not wait for those who may want them."""
+        if len(self.running) < self.places:
+            return True
+        others = [s for s in self.running if not (s.keep_kv or s.reserved)]
+        if others:
+            self._preempt(max(others, key=_by_order))
+        return bool(others)
 
     def _goes_first(self, entry: Sequence | Reservation) -> bool:
         if isinstance(entry, Reservation) or self.overlap == "always" or entry.complete:
@@ -348,16 +364,24 @@ class Scheduler:
         return max(fill or younger, key=_by_order, default=None)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Rows that were brought ahead go back as well: it will ask for its own, and nobody behind
-        it may hold the room that they need."""
         self.running.remove(sequence)
         self.blocks.release(sequence.request_id)
-        self._returned += [(sequence, item) for item in sequence.preempt()]
-        for other in self.queue:
-            if isinstance(other, Sequence):
-                self._returned += [(other, item) for item in other.give_back()]
+        self._give_up_rows(sequence)
+        sequence.preempt()
+        self._recall()
         insort(self.queue, sequence, key=_by_order)
         self._preempted.append(sequence)
+
+    def _recall(self) -> None:
+        """Nobody in the queue holds memory for rows, or waits for it."""
+        for entry in self.queue:
+            if isinstance(entry, Sequence):
+                self._give_up_rows(entry)
+
+    def _give_up_rows(self, sequence: Sequence) -> None:
+        if any(item.where is Rows.ASKED for item in sequence.items):
+            self._withdrawn.append(sequence)
+        self._returned += [(sequence, item) for item in sequence.give_back()]
 
     # ------------------------------------------------------------------ embeddings
 
@@ -365,7 +389,10 @@ class Scheduler:
         ahead = READ_AHEAD * self.chunk_tokens
         for sequence in self.running:
             ahead -= max(0, sequence.n_prompt - sequence.computed)
-            yield from self._ask(sequence)
+            more = list(self._ask(sequence))
+            if more:
+                self._recall()
+            yield from more
         for entry in self.queue:
             if ahead <= 0:
                 break

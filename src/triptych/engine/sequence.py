@@ -133,10 +133,9 @@ class Sequence:
         assert phase in TRANSITIONS[self.phase], f"{self.phase} -> {phase}"
         self.phase = phase
 
-    def preempt(self) -> list[int]:
-        """Back to the queue without blocks: what there is of the answer is prompt from now on.
-        The images whose rows are to be given back; those that are lent where they are cost
-        nothing here and stay."""
+    def preempt(self) -> None:
+        """Back to the queue without blocks: what there is of the answer is prompt from now on, and
+        rows that were used are needed once more."""
         self.become(Phase.QUEUED)
         self.computed, self.named, self.blocks = 0, 0, ()
         self.n_prompt += len(self.output) - self.resumed
@@ -144,7 +143,6 @@ class Sequence:
         for item in self.items:
             if item.where is Rows.USED:
                 item.where = Rows.AWAY
-        return self.give_back()
 
     def give_back(self) -> list[int]:
         """The images whose rows are here; they, and those that are still to come, are let go

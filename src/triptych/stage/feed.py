@@ -41,17 +41,30 @@ MOST_LAPSES = 3
 """So often are an image's rows borrowed again before its request fails."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Coming:
+    """An image on its way to the engine."""
+
+    request_id: str
+    index: int
+    item: wire.PrefillItem
+    lapses: int = 0
+    """How often it has had to be borrowed again."""
+
+
 @dataclass
 class _Request:
     """What the engine may ask for."""
 
     items: tuple[wire.PrefillItem, ...]
-    coming: set[int] = field(default_factory=set)
-    """Images that are on their way."""
+    coming: dict[int, _Coming] = field(default_factory=dict)
+    """By index. What brings one that is not here any more brings it to nobody."""
     claimed: set[int] = field(default_factory=set)
     """Images whose leases are, or were, this process's: the router's have ended."""
+    bringing: set[asyncio.Task[None]] = field(default_factory=set)
+    """What may be stopped when it is not wanted any more."""
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    """What is under way for it."""
+    """All that is under way for it."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +132,28 @@ class EmbeddingFeed:
             request = self._requests.get(request_id)
             if request is None:
                 continue
-            missing = [i for _, i in group if not self._has(request_id, request, i)]
+            missing = [
+                _Coming(request_id, index, request.items[index])
+                for _, index in group
+                if not self._has(request_id, request, index)
+            ]
             if missing:
-                request.coming.update(missing)
-                request.claimed.update(missing)
-                self._run(request_id, self._bring_all(request_id, request, missing))
+                indices = {coming.index: coming for coming in missing}
+                request.coming.update(indices)
+                request.claimed.update(indices)
+                task = self._run(request_id, self._bring_all(request, missing))
+                request.bringing.add(task)
+                task.add_done_callback(request.bringing.discard)
+
+    def withdrawn(self, request_ids: Iterable[str]) -> None:
+        """The engine does not want for now what is still on its way to these, but for rows that
+        are borrowed in place of others."""
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if request is not None:
+                request.coming = {i: c for i, c in request.coming.items() if c.lapses}
+                for task in request.bringing:
+                    task.cancel()
 
     def needless(self, found: Iterable[tuple[str, int]]) -> None:
         """The engine will not ask for these: the leases that the router holds on them end."""
@@ -145,6 +175,7 @@ class EmbeddingFeed:
         Idempotent."""
         request = self._requests.pop(request_id, None)
         if request is not None:
+            request.coming.clear()
             for task in request.tasks:
                 task.cancel()
 
@@ -167,58 +198,53 @@ class EmbeddingFeed:
         key = (request_id, index)
         return index in request.coming or key in self._extents or key in self._borrowed
 
-    def _run(self, request_id: str, work: Coroutine[None, None, None]) -> None:
+    def _run(self, request_id: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """As a task that ends with the request."""
         tasks = self._requests[request_id].tasks
         task = asyncio.create_task(work)
         tasks.add(task)
         task.add_done_callback(tasks.discard)
+        return task
 
     # ------------------------------------------------------------------ to the engine
 
-    async def _bring_all(self, request_id: str, request: _Request, indices: Sequence[int]) -> None:
+    async def _bring_all(self, request: _Request, wanted: Sequence[_Coming]) -> None:
         room: dict[int, Extent] = {}
         try:
             async with asyncio.TaskGroup() as pulls, self._turn:
-                for index in indices:
-                    item = request.items[index]
-                    if not self._consumer.in_place(item.ref.owner):
-                        room[index] = await self._landing.allocate(
-                            item.meta.nbytes, self._timeouts.pool
+                for coming in wanted:
+                    if not self._consumer.in_place(coming.item.ref.owner):
+                        room[coming.index] = await self._landing.allocate(
+                            coming.item.meta.nbytes, self._timeouts.pool
                         )
-                    pulls.create_task(self._bring(request_id, request, index, room))
+                    pulls.create_task(self._bring(request, coming, room))
         except* TriptychError as group:
-            self._on_failed(request_id, first_error(group))
+            self._on_failed(wanted[0].request_id, first_error(group))
         finally:
             # What is left was cancelled; a pull that is cancelled ends when nothing can be
             # written to its destination any more.
             for extent in room.values():
                 self._landing.free(extent)
 
-    async def _bring(
-        self, request_id: str, request: _Request, index: int, room: dict[int, Extent]
-    ) -> None:
+    async def _bring(self, request: _Request, coming: _Coming, room: dict[int, Extent]) -> None:
         """Where nobody had spoken to the encoder yet, room was taken that may not be needed."""
-        item = request.items[index]
+        index, owner = coming.index, coming.item.ref.owner
         try:
-            if await self._consumer.opens_in_place(item.ref.owner, self._timeouts.embedding):
+            if await self._consumer.opens_in_place(owner, self._timeouts.embedding):
                 if index in room:
                     self._landing.free(room.pop(index))
-                await self._borrow(request_id, index, item, lapses=0)
+                await self._borrow(request, coming)
             elif index in room:
-                await self._copy(request_id, index, item, room)
+                await self._copy(request, coming, room)
             else:
-                raise TransferFailed(f"the memory of {item.ref.owner} cannot be mapped any more")
+                raise TransferFailed(f"the memory of {owner} cannot be mapped any more")
         except TriptychError as exc:
             if exc.item is None:
                 exc.item = index
             raise
-        finally:
-            request.coming.discard(index)
 
-    async def _copy(
-        self, request_id: str, index: int, item: wire.PrefillItem, room: dict[int, Extent]
-    ) -> None:
+    async def _copy(self, request: _Request, coming: _Coming, room: dict[int, Extent]) -> None:
+        request_id, index, item = coming.request_id, coming.index, coming.item
         asked = time.time()
         offset = room[index].offset
         try:
@@ -232,6 +258,9 @@ class EmbeddingFeed:
         except TriptychError as exc:
             self._give_back(room.pop(index), exc)
             raise
+        if request.coming.get(index) is not coming:
+            return
+        del request.coming[index]
         rows = self._region.tensor(offset, item.meta.shape, getattr(torch, item.meta.dtype))
         self._extents[request_id, index] = room.pop(index)
         self._engine.submit(ItemLanded(request_id, index, rows))
@@ -275,13 +304,16 @@ class EmbeddingFeed:
 
     # ------------------------------------------------------------------ in place
 
-    async def _borrow(
-        self, request_id: str, index: int, item: wire.PrefillItem, *, lapses: int
-    ) -> None:
+    async def _borrow(self, request: _Request, coming: _Coming) -> None:
+        request_id, index, item = coming.request_id, coming.index, coming.item
         asked = time.time()
         loan = await self._consumer.borrow(item.ref, request_id, self._timeouts.embedding)
+        if request.coming.get(index) is not coming:
+            loan.release()
+            return
+        del request.coming[index]
         ready = time.time()
-        self._borrowed[request_id, index] = _Borrowed(loan, item, lapses)
+        self._borrowed[request_id, index] = _Borrowed(loan, item, coming.lapses)
         rows = loan.memory.view(getattr(torch, item.meta.dtype)).view(item.meta.shape)
         self._engine.submit(ItemLanded(request_id, index, rows, borrowed=True))
         self._report(request_id, index, asked, ready, item.meta.nbytes, loan.transport)
@@ -316,30 +348,22 @@ class EmbeddingFeed:
         if request is None or self._borrowed.get((request_id, index)) is not borrowed:
             return  # another step has found out already, or the request has ended
         del self._borrowed[request_id, index]
-        request.coming.add(index)
         borrowed.loan.release()
         logger.warning("image %d of %s is computed again: %s", index + 1, request_id, error.message)
+        coming = _Coming(request_id, index, borrowed.item, borrowed.lapses + 1)
+        request.coming[index] = coming
         self._engine.submit(Lapsed(request_id, index))
-        self._run(request_id, self._borrow_again(request_id, request, index, borrowed, error))
+        self._run(request_id, self._borrow_again(request, coming, error))
 
-    async def _borrow_again(
-        self,
-        request_id: str,
-        request: _Request,
-        index: int,
-        borrowed: _Borrowed,
-        error: TriptychError,
-    ) -> None:
+    async def _borrow_again(self, request: _Request, coming: _Coming, error: TriptychError) -> None:
         try:
-            if borrowed.lapses == MOST_LAPSES:
+            if coming.lapses > MOST_LAPSES:
                 raise error
-            await self._borrow(request_id, index, borrowed.item, lapses=borrowed.lapses + 1)
+            await self._borrow(request, coming)
         except TriptychError as exc:
             if exc.item is None:
-                exc.item = index
-            self._on_failed(request_id, exc)
-        finally:
-            request.coming.discard(index)
+                exc.item = coming.index
+            self._on_failed(coming.request_id, exc)
 
 
 def first_error(group: BaseExceptionGroup[TriptychError]) -> TriptychError:

@@ -159,6 +159,7 @@ class EngineHost:
             self.feed.used(used)
         for request_id, item in output.consumed:
             self.feed.consumed(request_id, item)
+        self.feed.withdrawn(output.withdrawn)
         self.feed.wanted(output.wanted)
         self.feed.needless(output.needless)
         self._on_output(output)
