@@ -20,6 +20,8 @@ CORE = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl")
 MORE = tuple(sorted(set(FAMILIES) - set(CORE)))
 """In tests of their own and, in those of ``CORE``, when the full matrices are run."""
 EVERY = (*CORE, *(pytest.param(family, marks=pytest.mark.full) for family in MORE))
+CAUSAL = (*CORE, *(pytest.param(f, marks=pytest.mark.full) for f in MORE if f != "gemma3"))
+"""Those whose tokens all attend to the tokens before them, and only to those."""
 WITH_VIDEO = (
     *CORE,
     *(pytest.param(f, marks=pytest.mark.full) for f in MORE if FAMILIES[f].video_processor),

@@ -77,8 +77,9 @@ def test_alone(family: Family, cases: list[Case], seen: list[Tensor], chunk_toke
             driver.finish(case.name)
     for case in cases:
         check(driver, seen, case)
-        starts = range(0, len(case.token_ids), chunk_tokens)
-        assert len(driver.notes(case.name, "prefill")) == len(starts)
+        n_chunks = -(-len(case.token_ids) // chunk_tokens)
+        found = len(driver.notes(case.name, "prefill"))
+        assert found == n_chunks or (found > n_chunks and family.language.longest_run)
 
 
 @pytest.mark.parametrize(("chunk_tokens", "block_size"), [(512, 16), (24, 4), (5, 3)])

@@ -50,11 +50,19 @@ async def test_from_prompt_to_answer(name: str, tmp_path: Path) -> None:
             check(driver, seen, case)
 
 
+def test_gemma3_apart(tmp_path: Path) -> None:
+    """No chunk of 6 tokens cuts an image of 4 rows."""
+    served_alike(make_tiny_model(tmp_path, "gemma3"), "E/P/D", 6)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("topology", ["E/P/D", "E/PD"])
 @pytest.mark.parametrize("chunk_tokens", [24, 512])
 @pytest.mark.parametrize("family", MORE)
 def test_topologies(tmp_path: Path, family: str, topology: str, chunk_tokens: int) -> None:
-    folder = make_tiny_model(tmp_path, family)
+    served_alike(make_tiny_model(tmp_path, family), topology, chunk_tokens)
+
+
+def served_alike(folder: Path, topology: str, chunk_tokens: int) -> None:
     with Cluster(folder, topology, encoders=2, chunk_tokens=chunk_tokens) as cluster:
         check_served(cluster.url, Reference(folder))

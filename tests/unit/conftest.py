@@ -68,7 +68,9 @@ class TinyModel:
         content = [{"type": "image", "image": image} for image in images]
         message = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
         inputs = processed(self.processor, [message])
-        return {name: value for name, value in inputs.items() if name != "token_type_ids"}
+        if self.family != "gemma3":  # others' are of no use
+            inputs.pop("token_type_ids", None)
+        return inputs
 
     def items(self, images: list[Image.Image]) -> list[dict[str, Tensor]]:
         return [self.processor.preprocess(image, len(images)) for image in images]

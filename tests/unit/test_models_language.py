@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoConfig
 
+from tests.families import CAUSAL
 from tests.unit.conftest import TinyModel, picture
 from triptych.errors import BadRequest, UnsupportedModel
 from triptych.models import language
@@ -78,11 +79,31 @@ def test_reference_logits_equal_the_whole_model(tiny: TinyModel, n_images: int) 
     torch.testing.assert_close(logits, logits_of_whole(tiny, inputs), atol=1e-4, rtol=0)
 
 
+def test_the_reference_of_runs_step_by_step(tiny_models: Callable[[str], TinyModel]) -> None:
+    """Masks of tokens behind others that are in the cache already."""
+    model = tiny_models("gemma3").language
+    generator = torch.Generator().manual_seed(1)
+    embeds = torch.randn(17, model.hidden_size, generator=generator)
+    mask = torch.zeros(17, dtype=torch.bool)
+    mask[6:10] = mask[11:15] = True
+    positions = torch.arange(17)[None]
+    whole = model.reference_logits(embeds, positions, visual_mask=mask)
+    stepped = model.reference_logits(embeds, positions, visual_mask=mask, step=5)
+    torch.testing.assert_close(stepped, whole, atol=1e-4, rtol=0)
+    causal = model.reference_logits(embeds, positions)
+    assert (causal - whole).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("n_images", [0, 3])
 def test_forward_with_another_attention(
-    tiny: TinyModel, n_images: int, monkeypatch: pytest.MonkeyPatch
+    tiny_models: Callable[[str], TinyModel],
+    n_images: int,
+    family: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The context reaches the registered function once a layer; the reference is unmoved by it."""
+    tiny = tiny_models(family)
     monkeypatch.setattr(language, "PAGED_ATTENTION", "triptych_test_causal")
     inputs, (embeds, positions, mask, deepstack) = prompt(tiny, n_images)
     model, context = tiny.language, []  # type: ignore[var-annotated]

@@ -163,4 +163,35 @@ TILE_FAMILIES: dict[str, Family] = {
         image_processor={"image_processor_type": "SmolVLMImageProcessor", **IDEFICS_PIXELS},
         processor={"image_seq_len": 4},
     ),
+    "gemma3": Family(
+        template=Template(image="<start_of_image>"),
+        special={
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
+        text={
+            **TEXT,
+            "sliding_window": 3,  # less than an image
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+            "query_pre_attn_scalar": 16,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+                "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+        vision={**SIGLIP, "model_type": "siglip_vision_model", "vision_use_head": False},
+        outer={"mm_tokens_per_image": 4},
+        token_ids={
+            "image_token_index": "<image_soft_token>",
+            "boi_token_index": "<start_of_image>",
+            "eoi_token_index": "<end_of_image>",
+        },
+        processor_class="Gemma3Processor",
+        image_processor={
+            "image_processor_type": "Gemma3ImageProcessor",
+            "size": {"height": 56, "width": 56},
+        },
+        processor={"image_seq_length": 4},
+    ),
 }

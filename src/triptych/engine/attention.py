@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from triptych.engine.kv_cache import KVCache
+from triptych.engine.sequence import Run
 from triptych.errors import UnsupportedModel
 from triptych.models.language import PAGED_ATTENTION
 
@@ -58,6 +59,8 @@ class Chunk:
     """(1, n) blocks of tokens ``0 .. stop``."""
     start: int
     stop: int
+    runs: tuple[Run, ...] = ()
+    """Of tokens that attend to each other in both directions; none ends behind ``stop``."""
     masks: dict[Window, Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: Window) -> Tensor | None:
@@ -67,11 +70,13 @@ class Chunk:
         return self.masks[window]
 
     def _mask(self, window: Window) -> Tensor | None:
-        if self.start == 0 and (window is None or window >= self.stop):
+        if self.start == 0 and not self.runs and (window is None or window >= self.stop):
             return None
         token = torch.arange(self.stop, device=self.table.device)
         query = token[self.start :, None]
         mask = token <= query
+        for first, last in self.runs:
+            mask[max(first - self.start, 0) : last - self.start, first:last] = True
         return mask if window is None else mask & (token > query - window)
 
 
@@ -82,6 +87,8 @@ class Part:
     place: int
     start: int
     stop: int
+    runs: tuple[Run, ...] = ()
+    """See ``Chunk``."""
 
 
 class Context(Protocol):
@@ -209,7 +216,7 @@ class SdpaAttention:
         offset = part.start - first * size
         own = self._kv.slots(table[0, first:])[offset : offset + part.stop - part.start]
         slots.append(own)
-        return Chunk(table, part.start, part.stop)
+        return Chunk(table, part.start, part.stop, part.runs)
 
 
 def paged_attention(

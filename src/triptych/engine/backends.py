@@ -33,6 +33,8 @@ def choose(model: LanguageModel, config: EngineConfig) -> str:
         reason = f"the model is on {model.device.type}"
     elif model.dtype not in FLASH_DTYPES:
         reason = f"it has no kernels for {model.dtype}"
+    elif model.longest_run:
+        reason = "its images attend in both directions"
     elif importlib.util.find_spec("flashinfer") is None:
         reason = "flashinfer is not installed (triptych[cuda])"
     elif model.head_dim not in importlib.import_module("triptych.engine.flash_attention").HEAD_DIMS:
@@ -67,13 +69,19 @@ def compile_layers(model: LanguageModel, engine: EngineConfig, config: ModelConf
 class Compute:
     """What an engine computes with: the cache, the attention over it, the runner of its steps.
 
-    ``kv_memory``: as for ``Engine``. Raises ConfigError if the cache has no room for a block.
+    ``kv_memory``: as for ``Engine``. Raises ConfigError if the cache has no room for a block, or a
+    step none for the longest run.
     """
 
     def __init__(
         self, model: LanguageModel, kv_memory: Tensor, config: EngineConfig, n_positions: int
     ) -> None:
         """``n_positions``: tokens that no sequence exceeds."""
+        if config.chunk_tokens < model.longest_run:
+            raise ConfigError(
+                f"--chunk-tokens {config.chunk_tokens}: the model computes the "
+                f"{model.longest_run} rows of an image at once"
+            )
         shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
         name = choose(model, config)
         self.model = model

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from triptych.engine.messages import AddRequest, Reserve, StartDecode
 from triptych.engine.prefix import BlockNames
 from triptych.engine.runner import Prompt
-from triptych.engine.sequence import Phase, Reservation, Sequence, locate_items
+from triptych.engine.sequence import Phase, Reservation, Run, Sequence, locate_items, runs_of
 from triptych.errors import BadRequest, PromptTooLong
 from triptych.models.language import LanguageModel
 
@@ -45,6 +45,7 @@ class Intake:
             sampling=sampling,
             arrived=time.time(),
             items=items,
+            runs=self._runs(row_positions),
             keep_kv=message.keep_kv,
             output=list(resumed),
             resumed=len(resumed),
@@ -91,6 +92,15 @@ class Intake:
             reserved=True,
             scheduled=now,
         )
+
+    def _runs(self, row_positions: list[int]) -> tuple[Run, ...]:
+        longest = self._model.longest_run
+        if not longest:
+            return ()
+        runs = runs_of(row_positions)
+        if any(last - first > longest for first, last in runs):
+            raise BadRequest(f"more than {longest} rows of images stand next to each other")
+        return runs
 
     def _check_ids(self, token_ids: Iterable[int]) -> None:
         """An id outside the vocabulary would fail the whole step, on some devices the process."""

@@ -88,7 +88,11 @@ class Engine:
         self._emit = emit
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._scheduler = Scheduler(
-            blocks, config.chunk_tokens, config.max_sequences, config.overlap
+            blocks,
+            config.chunk_tokens,
+            config.max_sequences,
+            config.overlap,
+            longest_run=max(1, model.longest_run),
         )
         self._warm: Future[None] = Future()
         self._sequences: dict[str, Sequence] = {}

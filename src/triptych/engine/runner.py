@@ -245,7 +245,8 @@ class Runner:
         """``first``: the flattened batch's row of the chunk's first token."""
         prompt = self._prompts[work.sequence.request_id]
         start, stop = work.start, work.stop
-        batch.parts.append(Part(self._place(work.sequence), start, stop))
+        runs = tuple(run for run in work.sequence.runs if run[0] < stop and start < run[1])
+        batch.parts.append(Part(self._place(work.sequence), start, stop, runs))
         batch.ids.append(prompt.ids[start:stop])
         batch.positions.append(prompt.positions[:, start:stop])
         row, last_row = (bisect_left(prompt.row_positions, token) for token in (start, stop))

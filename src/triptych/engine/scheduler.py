@@ -31,6 +31,9 @@ prompts that the next few steps may reach. Whoever brings them takes memory in t
 they are asked for. So that none who runs waits for memory of one who waits for it to end, all that
 was brought or is on its way to the queue is given up, and asked for again, when a sequence is
 preempted or one that runs turns out to need more.
+
+A run, rows that a model computes as a whole, is never cut by a chunk: a chunk ends before a run
+that does not fit, and decodes leave room for the longest one.
 """
 
 from __future__ import annotations
@@ -105,11 +108,13 @@ class Scheduler:
         chunk_tokens: int,
         max_sequences: int,
         overlap: Overlap = "adaptive",
+        longest_run: int = 1,
     ) -> None:
+        """``longest_run``: most tokens of a run, ``chunk_tokens`` at most."""
         self.blocks = blocks
         self.overlap = overlap
         self.chunk_tokens = chunk_tokens
-        self.places = min(max_sequences, chunk_tokens)
+        self.places = min(max_sequences, chunk_tokens + 1 - longest_run)
         self.queue: list[Sequence | Reservation] = []
         """By ``order``, as ``running`` is."""
         self.reserved: dict[str, Reservation] = {}
@@ -318,9 +323,9 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, budget: int, chunks: list[Work], *, preempts: bool) -> int:
         """Tokens of the chunk that was added, 0 if there is none."""
         start = sequence.computed
-        stop = min(sequence.ready_until, start + budget)
+        stop = sequence.uncut(min(sequence.ready_until, start + budget))
         if stop > start:
-            stop = self._reach(sequence, stop, preempts=preempts)
+            stop = sequence.uncut(self._reach(sequence, stop, preempts=preempts))
         if stop > start:
             chunks.append(Work(sequence, start, stop))
         return max(0, stop - start)

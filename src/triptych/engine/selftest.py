@@ -125,13 +125,17 @@ def _by_the_engine(
     memory = torch.zeros(nbytes, dtype=torch.uint8, device=model.device)
     compute = Compute(model, memory, config, room * config.block_size)
     compute.warm_up()
-    scheduler = Scheduler(BlockManager(n_blocks, config.block_size), CHUNK_TOKENS, len(PROBES))
+    scheduler = Scheduler(
+        BlockManager(n_blocks, config.block_size), CHUNK_TOKENS, len(PROBES), N_ROWS
+    )
     runner = compute.runner
     for probe in PROBES:
         first, last = probe.n_before, probe.n_before + probe.n_rows
         items = (Item(first, last, probe.n_rows, Rows.LANDED),) if probe.n_rows else ()
         n_prompt, prompt = probe.n_tokens, prompts[probe.name]
         sequence = Sequence(probe.name, n_prompt, n_tokens[probe.name], ANSWER, 0.0, items)
+        if items and model.longest_run:
+            sequence.runs = ((first, last),)
         sequence.next_position = prompt.next_position
         scheduler.add(sequence)
         runner.add(probe.name, prompt)

@@ -77,6 +77,10 @@ class Item:
         return self.where in (Rows.LANDED, Rows.USED)
 
 
+Run = tuple[int, int]
+"""Start and stop of rows that stand next to each other in a prompt."""
+
+
 @dataclass(eq=False, slots=True)
 class Reservation:
     """Blocks held for a sequence whose prompt is being computed elsewhere."""
@@ -128,6 +132,8 @@ class Sequence:
     decoding_since: float | None = None
     decoded: int = 0
     """Tokens that decode steps have brought."""
+    runs: tuple[Run, ...] = ()
+    """In order; only of models that compute a run as a whole."""
 
     def become(self, phase: Phase) -> None:
         assert phase in TRANSITIONS[self.phase], f"{self.phase} -> {phase}"
@@ -166,6 +172,10 @@ class Sequence:
     def ready_until(self) -> int:
         """Prompt tokens before the first row that has not landed."""
         return next((item.start for item in self.items if not item.settled), self.n_prompt)
+
+    def uncut(self, stop: int) -> int:
+        """``stop``, or the start of the run that a chunk up to there would cut."""
+        return next((first for first, last in self.runs if first < stop < last), stop)
 
     def borrowed_between(self, start: int, stop: int) -> tuple[int, ...]:
         """Images whose borrowed rows stand between these positions."""
@@ -211,3 +221,14 @@ def locate_items(
         items.append(Item(row_positions[first], row_positions[last] + 1, span.rows))
         first = last + 1
     return tuple(items), row_positions
+
+
+def runs_of(row_positions: Seq[int]) -> tuple[Run, ...]:
+    """``row_positions``: increasing."""
+    runs: list[Run] = []
+    for position in row_positions:
+        if runs and runs[-1][1] == position:
+            runs[-1] = (runs[-1][0], position + 1)
+        else:
+            runs.append((position, position + 1))
+    return tuple(runs)

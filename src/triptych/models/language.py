@@ -21,7 +21,7 @@ from transformers import AttentionInterface, DynamicCache
 
 from triptych.errors import BadRequest, UnsupportedModel
 from triptych.models.compiled import compile_blocks
-from triptych.models.refusals import image_token_id, video_token_id
+from triptych.models.refusals import image_token_id, longest_run, video_token_id
 from triptych.models.vision import planes
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ class LanguageModel:
             found for found in (token, self.video_token_id) if found is not None
         )
         """Tokens of a prompt that stand for rows."""
+        self.longest_run = longest_run(config)
+        """Most rows that stand next to each other and attend in both directions; 0: none do."""
         self.eos_ids = _eos_ids(model)
         self.planes = planes(config)
         """Planes of the embeddings it takes: 1 + DeepStack planes."""
@@ -181,9 +183,27 @@ class LanguageModel:
                 mask = None if visual_mask is None else visual_mask[part]
                 rows = slice(row, row := row + (0 if mask is None else int(mask.sum())))
                 planes = None if deepstack is None else [plane[rows] for plane in deepstack]
-                arguments = (embeds[part], positions[:, part], mask, planes)
-                hidden.append(self._decode(*arguments, past_key_values=cache))
+                of_part = (embeds[part], positions[:, part], mask, planes)
+                masks = self._masks(embeds[part], positions[:, part], visual_mask, cache)
+                hidden.append(self._decode(*of_part, past_key_values=cache, **masks))
         return self.logits(torch.cat(hidden))
+
+    def _masks(
+        self, embeds: Tensor, positions: Tensor, visual_mask: Tensor | None, cache: DynamicCache
+    ) -> dict[str, Any]:
+        """What the whole model would tell its decoder of rows that attend in both directions, for
+        tokens behind those in ``cache``. Empty: nothing."""
+        if not self.longest_run or visual_mask is None:
+            return {}
+        masks = self._outer.create_masks_for_generate(
+            config=self._decoder.config,
+            inputs_embeds=embeds[None],
+            attention_mask=None,
+            past_key_values=cache,
+            position_ids=positions,
+            token_type_ids=visual_mask.int()[None],
+        )
+        return {"attention_mask": masks}
 
     def _decode(
         self,

@@ -17,11 +17,10 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 ROPE_TYPES_WRONG_FOR_BATCHES = {"dynamic", "longrope"}
 """They look at the highest position of the whole batch, in which many sequences lie end to end."""
 
-BIDIRECTIONAL = "its images attend in both directions, which the engine does not do"
+BIDIRECTIONAL = "its text attends in both directions, which the engine does not do"
 HYBRID = "it keeps a recurrent state besides the KV cache, which the engine does not"
 FAMILIES = {
     "ernie4_5_vl_moe": "its experts are chosen by token type, which the engine does not pass",
-    "gemma3": BIDIRECTIONAL,
     "lfm2_vl": HYBRID,
     "llama4": "its attention depends on the place of a token in the batch",
     "minicpmv4_6": HYBRID,
@@ -60,6 +59,11 @@ def image_token_id(config: PreTrainedConfig) -> int | None:
     """The token whose embedding an image row replaces. Not what a processor calls image token."""
     token: int | None = getattr(config, "image_token_id", None)
     return getattr(config, "image_token_index", None) if token is None else token
+
+
+def longest_run(config: PreTrainedConfig) -> int:
+    """Most rows of an image that attend to each other in both directions; 0: rows are causal."""
+    return int(config.mm_tokens_per_image) if config.model_type == "gemma3" else 0
 
 
 def video_token_id(config: PreTrainedConfig) -> int | None:
