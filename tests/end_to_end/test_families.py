@@ -26,7 +26,10 @@ from triptych.router.prompt import Prompter
 torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.full) if n.endswith("_moe") else n for n in MORE],
+)
 async def test_from_prompt_to_answer(name: str, tmp_path: Path) -> None:
     family = Family(tmp_path, name)
     config = ModelConfig(str(tmp_path))

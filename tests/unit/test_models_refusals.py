@@ -33,7 +33,8 @@ def internvl(**text: Any) -> PreTrainedConfig:
 @pytest.mark.parametrize(
     "family",
     ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava", "llava_next",
-     "llava_onevision", "internvl", "mistral3", "idefics3", "smolvlm", "glm4v", "gemma3"],
+     "llava_onevision", "internvl", "mistral3", "idefics3", "smolvlm", "glm4v", "glm4v_moe",
+     "gemma3"],
 )  # fmt: skip
 def test_families_that_pass(family: str) -> None:
     refusals.check(AutoConfig.for_model(family))

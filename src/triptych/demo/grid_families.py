@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from triptych.demo.family import HIDDEN, MROPE, TEXT, TOWER, Family, Json, Template
 
 QWEN_SPECIAL = {
@@ -180,5 +182,25 @@ GRID_FAMILIES: dict[str, Family] = {
         processor_class="PixtralProcessor",
         image_processor=PIXTRAL_PIXELS,
         processor={"patch_size": 14, "spatial_merge_size": 2},
+    ),
+}
+_EXPERTS: Json = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+GRID_FAMILIES |= {
+    "qwen3_vl_moe": replace(
+        GRID_FAMILIES["qwen3_vl"],
+        text={**GRID_FAMILIES["qwen3_vl"].text, **_EXPERTS, "num_experts": 4},
+    ),
+    "glm4v_moe": replace(
+        GRID_FAMILIES["glm4v"],
+        text={
+            **GRID_FAMILIES["glm4v"].text,
+            **_EXPERTS,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_parameters": {**MROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5},
+        },
     ),
 }

@@ -70,7 +70,8 @@ class Processor:
             else:
                 self.hf = _without_video(self._family, source)
         except ImportError as exc:
-            raise UnsupportedModel(f"the processor of {self._family}: {exc}") from exc
+            reason = str(exc).strip().partition("\n")[0]
+            raise UnsupportedModel(f"the processor of {self._family}: {reason}") from exc
         self._images = self.hf.image_processor
         self.backend: str = self._images.backend
         """"pil", "torchvision", or "torchvision on cuda": their pixels differ by rounding."""
