@@ -17,7 +17,7 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 ROPE_TYPES_WRONG_FOR_BATCHES = {"dynamic", "longrope"}
 """They look at the highest position of the whole batch, in which many sequences lie end to end."""
 
-BIDIRECTIONAL = "its text attends in both directions, which the engine does not do"
+BIDIRECTIONAL = "it attends in both directions, which the engine does in Gemma 3's images only"
 HYBRID = "it keeps a recurrent state besides the KV cache, which the engine does not"
 FAMILIES = {
     "ernie4_5_vl_moe": "its experts are chosen by token type, which the engine does not pass",
