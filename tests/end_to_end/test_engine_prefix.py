@@ -9,8 +9,9 @@ from random import Random
 import pytest
 import torch
 
-from tests.end_to_end.engine_driver import FAMILIES, GREEDY, Case, Driver, Family
+from tests.end_to_end.engine_driver import GREEDY, Case, Driver, Family
 from tests.end_to_end.test_engine_preemption import assert_same, preemptions
+from tests.families import CORE
 from triptych.engine.messages import AddRequest, Cancel, ItemLanded, Lapsed, Proven, Used
 from triptych.request import Sampling, TokenEvent
 
@@ -26,7 +27,7 @@ def keyed(case: Case, *keys: str) -> Case:
     return replace(case, spans=spans)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=(*CORE, "gemma3"))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     return Family(tmp_path_factory.mktemp(request.param), request.param)
 
