@@ -81,7 +81,9 @@ def test_decodes_leave_room_for_the_longest_run() -> None:
 @given(st.data())
 def test_no_run_is_ever_cut_and_everything_ends(data: st.DataObject) -> None:
     longest = data.draw(st.integers(1, 6))
-    owner = Scheduler(BlockManager(16, 4), data.draw(st.integers(longest, 9)), 5, longest)
+    owner = Scheduler(
+        BlockManager(16, 4), data.draw(st.integers(longest, 9)), 5, longest_run=longest
+    )
     lengths = st.lists(st.tuples(st.integers(0, 4), st.integers(1, longest)), max_size=4)
     for i in range(data.draw(st.integers(1, 6))):
         n, runs = 1, []

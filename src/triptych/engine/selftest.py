@@ -125,9 +125,8 @@ def _by_the_engine(
     memory = torch.zeros(nbytes, dtype=torch.uint8, device=model.device)
     compute = Compute(model, memory, config, room * config.block_size)
     compute.warm_up()
-    scheduler = Scheduler(
-        BlockManager(n_blocks, config.block_size), CHUNK_TOKENS, len(PROBES), N_ROWS
-    )
+    blocks = BlockManager(n_blocks, config.block_size)
+    scheduler = Scheduler(blocks, CHUNK_TOKENS, len(PROBES), longest_run=N_ROWS)
     runner = compute.runner
     for probe in PROBES:
         first, last = probe.n_before, probe.n_before + probe.n_rows
