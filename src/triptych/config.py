@@ -183,6 +183,10 @@ class RouterConfig:
     """Largest request body."""
     max_requests: int = 256
     """Most requests in progress; more are answered 429."""
+    max_held_mib: int = 2048
+    """Most MiB of request bodies and fetched media held at once; more are answered 429."""
+    max_backlog: float = 8.0
+    """Most tokens outstanding at a worker, in multiples of its KV cache; more are answered 429."""
     max_choices: int = 8
     """Most answers to one request (``n``)."""
     parent_pipe: int = -1

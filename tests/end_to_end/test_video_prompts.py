@@ -20,6 +20,7 @@ from triptych.media.video import read_header
 from triptych.models.language import LanguageModel
 from triptych.models.loading import load_language
 from triptych.request import Kind
+from triptych.router.admission import Admission
 from triptych.router.call import Call
 from triptych.router.openai import parse
 from triptych.router.prompt import Prompter
@@ -68,7 +69,7 @@ def planned(processor: Processor, part: Part, n_images: int) -> Plan:
 async def test_tokens_and_positions(loaded: Loaded, number: int) -> None:
     parts = conversations()[number]
     chat = parse(json.dumps({"model": "m", "messages": for_openai(parts)}).encode())
-    call = Call("r", chat, 0.0, 60.0)
+    call = Call("r", chat, 0.0, 60.0, Admission(1, 1 << 30).enter(0.0))
     rendered = loaded.prompter.render(chat)
     kinds: list[Kind] = loaded.prompter.order(rendered)
     call.arrange(kinds)

@@ -71,6 +71,8 @@ class Deployed:
 
     def __exit__(self, *exc: object) -> None:
         self._kill_all()
+        log = self.roles[0].log.read_text()
+        assert "Traceback" not in log, f"a bug in the router:\n{log}"
 
     # ------------------------------------------------------------------ processes
 

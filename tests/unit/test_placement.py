@@ -1,3 +1,4 @@
+import math
 from itertools import product
 
 import pytest
@@ -13,6 +14,7 @@ from triptych.router.placement import (
     answering_roles,
     apart,
     estimated_patches,
+    excess,
     place_decode,
     place_prompt,
     prefer,
@@ -173,6 +175,15 @@ def test_decode_goes_by_free_tokens() -> None:
     assert place_decode([small, Candidate("large", 950, room=1000)]) == "small"
     assert place_decode(encoders(3, 1, 2)) == "encoder-1"
     assert place_decode(list(reversed(encoders(2, 2)))) == "encoder-0"
+
+
+def test_tokens_over_the_backlog() -> None:
+    busy = Candidate("w", 700, room=100)
+    assert excess(100, busy, 8.0) == 0
+    assert excess(150, busy, 8.0) == 50
+    assert excess(150, busy, math.inf) < 0
+    assert excess(10**6, Candidate("w", 0, room=100), 8.0) == 0  # idle
+    assert excess(10**6, Candidate("w", 700), 8.0) == 0  # its memory is not known
 
 
 @given(st.lists(st.text("abcdef", min_size=1, max_size=2)), st.integers(1, 8))

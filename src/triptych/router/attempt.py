@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from triptych import wire
-from triptych.errors import PeerUnproven, TransferFailed, TriptychError, WorkerLost
+from triptych.errors import Overloaded, PeerUnproven, TransferFailed, TriptychError, WorkerLost
 from triptych.router.call import Prompt
 from triptych.router.client import WorkerClient
 from triptych.router.inbox import Inboxes, StageFailed
 from triptych.router.membership import Membership, Worker
-from triptych.router.placement import Item, place_decode, place_prompt, prefer, spread_items
+from triptych.router.placement import (
+    Item,
+    excess,
+    place_decode,
+    place_prompt,
+    prefer,
+    spread_items,
+)
 
 M = TypeVar("M", bound=wire.Message)
 T = TypeVar("T")
@@ -72,9 +81,11 @@ class Attempt:
         found = set(indices)
         self._discharge(lambda charge: charge.item in found)
 
-    def place_prompt(self, roles: Iterable[str], prompt: Prompt, avoided: set[str]) -> None:
+    def place_prompt(
+        self, roles: Iterable[str], prompt: Prompt, avoided: set[str], backlog: float = math.inf
+    ) -> None:
         """Choose ``answering``; every role must have a worker. Counts what each will be busy
-        with."""
+        with. Raises Overloaded if that is more than ``backlog`` times its KV cache."""
         n_prompt, n_all = prompt.n_tokens, prompt.n_tokens + prompt.n_left
         for role in roles:
             known = self._allowed(role, avoided, n_all)
@@ -85,9 +96,19 @@ class Attempt:
             else:
                 worker = known[place_prompt(n_prompt, n_kept, prompt.prefixes, candidates)]
                 worker.recent.add(reversed(prompt.prefixes))  # the longest is the first to go
+            self._check_backlog(worker, n_kept, backlog)
             self.answering[role] = worker
             self._choose(worker)
             self._charge(worker, n_kept)
+
+    def _check_backlog(self, worker: Worker, n_kept: int, backlog: float) -> None:
+        too_many = excess(n_kept, worker.candidate, backlog)
+        if too_many > 0:
+            raise Overloaded(
+                f"{worker.load} tokens are outstanding at {worker.worker_id}, "
+                f"whose KV cache holds {worker.capacity.kv_tokens}",
+                retry_after_s=worker.pace.seconds_for(too_many, time.monotonic()),
+            )
 
     def _allowed(self, role: str, avoided: set[str], n_tokens: int = 0) -> dict[str, Worker]:
         """Workers that did not fail the request and take so many tokens, if there are any."""
@@ -104,6 +125,7 @@ class Attempt:
 
     def _charge(self, worker: Worker, amount: int, item: int = -1) -> None:
         worker.load += amount
+        worker.pace.begin(time.monotonic())
         self._charges.append(_Charge(worker, amount, item))
 
     def discharge(self, *roles: str) -> None:
@@ -111,8 +133,12 @@ class Attempt:
         self._discharge(lambda charge: charge.worker.role in roles)
 
     def _discharge(self, done: Callable[[_Charge], bool]) -> None:
+        now = time.monotonic()
         for charge in filter(done, self._charges):
             charge.worker.load -= charge.amount
+            charge.worker.pace.done(charge.amount, now)
+            if not charge.worker.load:
+                charge.worker.pace.pause(now)
         self._charges = [charge for charge in self._charges if not done(charge)]
 
     # ------------------------------------------------------------------ talking to workers

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from triptych.errors import BadMedia, BadVideo, TriptychError
 from triptych.request import KINDS, Kind, Sampling
+from triptych.router.admission import Place
 from triptych.router.openai import SEED_BITS, ChatRequest, ItemInput
 
 
@@ -41,6 +42,8 @@ class Call:
     """Wall clock, seconds since the epoch."""
     timeout_s: float
     """For all of it, from here on."""
+    place: Place
+    """Of the router's memory."""
     choice: int = 0
     """Which of the ``n`` answers this is."""
     seed: int = field(init=False)
@@ -52,6 +55,8 @@ class Call:
     """Tries that have failed since the answer last went on."""
     let_go: int = 0
     """Tries since then that missed an embedding which its encoder had let go."""
+    placed: bool = False
+    """Workers for its prompt were found: it is not refused for others that came after it."""
     patient: bool = False
     """An encoder had no room at once: from now on the request waits in line."""
     avoided: set[str] = field(default_factory=set)
@@ -73,6 +78,7 @@ class Call:
         """
         other = copy.copy(self)
         other.choice, other.avoided, other.tokens = choice, set(), []
+        other.placed = choice > 0
         return other
 
     def next_wire_id(self) -> str:

@@ -22,6 +22,7 @@ from triptych.errors import (
     UnknownModel,
 )
 from triptych.observe import metrics
+from triptych.router.admission import Admission, Place
 from triptych.router.answers import EVENTS, JSON, Answer, Delta, Usage, error_event
 from triptych.router.call import Call
 from triptych.router.offload import INLINE_NBYTES, offload
@@ -55,6 +56,7 @@ class ChatEndpoint:
         self._prompter = prompter
         self._pipeline = pipeline
         self._timelines = timelines
+        self._admission = Admission(config.max_requests, config.max_held_mib * MIB)
         self.running = 0
         self.draining = False
         self._idle = asyncio.Event()
@@ -79,18 +81,25 @@ class ChatEndpoint:
         self._idle.clear()
         metrics.requests_running.inc()
         reply = Reply(request_id, send)
+        place: Place | None = None
         try:
-            self._check_room()
-            body = await self._body(scope, receive)
+            self._check_serving()
+            place = self._admission.enter(time.monotonic())
+            body = await self._body(receive, place)
             chat = await offload(len(body) <= INLINE_NBYTES, parse, body)
             self.check_model(chat.model)
             self._check_choices(chat.n_choices)
             timeout_s = _timeout_s(scope, chat.timeout, self._config.timeouts.request)
             self._timelines.open(request_id, arrived)
-            await self._answer(Call(request_id, chat, arrived, timeout_s), reply, receive)
+            await self._answer(Call(request_id, chat, arrived, timeout_s, place), reply, receive)
         except TriptychError as error:
+            if isinstance(error, Overloaded):
+                least = self._admission.retry_after_s(time.monotonic())
+                error.retry_after_s = max(error.retry_after_s, least)
             await reply.error(error)
         finally:
+            if place is not None:
+                place.leave(time.monotonic())
             self.running -= 1
             if self.running == 0:
                 self._idle.set()
@@ -101,13 +110,11 @@ class ChatEndpoint:
         if n > self._config.max_choices:
             raise BadRequest(f"n = {n}, the limit is {self._config.max_choices}", param="n")
 
-    def _check_room(self) -> None:
+    def _check_serving(self) -> None:
         if self.draining:
             raise Overloaded("the server is shutting down")
-        if self.running > self._config.max_requests:
-            raise Overloaded(f"{self._config.max_requests} requests are in progress already")
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+    async def _body(self, receive: Receive, place: Place) -> bytes:
         limit = self._config.max_body_mib * MIB
         parts: list[bytes] = []
         size = 0
@@ -124,6 +131,7 @@ class ChatEndpoint:
             size += len(part)
             if size > limit:
                 raise BadRequest(f"the body is larger than {self._config.max_body_mib} MiB")
+            place.hold(len(part), time.monotonic())
             parts.append(part)
             more = message.get("more_body", False)
         return b"".join(parts)

@@ -28,7 +28,8 @@ class Files:
         self._timelines = timelines
 
     async def fetch(self, call: Call) -> list[File]:
-        """In the order of the request's items. Raises BadRequest (too many) and BadMedia."""
+        """In the order of the request's items. Raises BadRequest (too many), BadMedia and
+        Overloaded (the router holds too many bytes). They count as held until the request ends."""
         limits = self._config.limits
         for kind, most in zip(KINDS, (limits.max_images, limits.max_videos), strict=True):
             if call.count(kind) > most:
@@ -66,6 +67,7 @@ class Files:
         except ClientError as error:
             error.item = index
             raise
+        call.place.hold(len(data), time.monotonic())
         digest = await offload(len(data) <= INLINE_NBYTES, _digest, data)
         self._timelines.own(call.request_id, "fetch", start, item=index, nbytes=len(data))
         size = image_size(data) if item.kind == "image" else None

@@ -12,6 +12,7 @@ from triptych import __version__, wire
 from triptych.errors import WorkerLost
 from triptych.observe import metrics
 from triptych.refs import KVLayout, kv_mismatch
+from triptych.router.admission import Pace
 from triptych.router.placement import PREFIX_TOKENS, Candidate, Recent
 from triptych.transfer.channel import Channel
 
@@ -47,6 +48,8 @@ class Worker:
     """It is given nothing new."""
     drained: asyncio.Event = field(default_factory=asyncio.Event)
     """Nothing runs there any more, by its own word, or it is gone."""
+    pace: Pace = field(default_factory=Pace)
+    """Of its outstanding work."""
     waits: set[asyncio.Timeout] = field(default_factory=set)
     """Of those who wait for an answer to a request."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 
@@ -131,7 +132,9 @@ class Pipeline:
             call.sampling = call.first_sampling(max_tokens, self._prompter.stop_ids)
         begins = prefixes(token_ids, [item.meta for item in items], self._prompter.row_token_ids)
         prompt = Prompt(tuple(token_ids), call.sampling, tuple(call.tokens), tuple(begins))
-        attempt.place_prompt(roles(), prompt, call.avoided)
+        backlog = math.inf if call.placed else self._config.max_backlog
+        attempt.place_prompt(roles(), prompt, call.avoided, backlog)
+        call.placed = True
         self._timelines.own(call.request_id, "tokenize", start, note=f"{len(token_ids)} tokens")
         return prompt
 

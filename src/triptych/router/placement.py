@@ -145,6 +145,16 @@ def place_decode(candidates: Sequence[Candidate]) -> str:
     return min(candidates, key=lambda c: (c.load - c.room, c.worker_id)).worker_id
 
 
+def excess(n_kept: int, candidate: Candidate, backlog: float) -> float:
+    """Tokens by which a worker would have more outstanding than ``backlog`` times its KV cache.
+
+    0 or less: it may be given so many. One that has nothing to do may be given anything.
+    """
+    if not candidate.room or not candidate.load:
+        return 0
+    return candidate.load + n_kept - backlog * candidate.room
+
+
 def _known_prefix(prefixes: Sequence[str], known: Container[str]) -> int:
     """How many of the prefixes a worker has had: the longest says it, however many were dropped."""
     return next((n for n in range(len(prefixes), 0, -1) if prefixes[n - 1] in known), 0)
