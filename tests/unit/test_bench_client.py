@@ -9,9 +9,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
+from rich.console import Console
 
+from triptych.bench import serve
 from triptych.bench.client import Client, Stream
-from triptych.bench.config import Load
+from triptych.bench.config import Goal, Load
 from triptych.bench.loads import Request
 from triptych.errors import TransferFailed, WorkerLost
 
@@ -47,7 +49,7 @@ async def models(call: web.Request) -> web.Response:
 
 
 async def timeline(call: web.Request) -> web.Response:
-    return web.json_response({"arrived": 5.0})
+    return web.json_response({"arrived": 5.0, "spans": []})
 
 
 @asynccontextmanager
@@ -56,7 +58,7 @@ async def server(handler: Handler) -> AsyncIterator[str]:
     app.router.add_post("/v1/chat/completions", handler)
     app.router.add_get("/v1/models", models)
     app.router.add_get("/v1/requests/r1/timeline", timeline)
-    runner = web.AppRunner(app, access_log=None)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -87,7 +89,7 @@ async def test_an_answer_is_timed_token_by_token() -> None:
         assert found.end is not None and found.texts[-1] <= found.end
         assert (found.url, found.request_id) == (url, "r1")
         assert await client.model() == "a-model"
-        assert await client.timeline(found) == {"arrived": 5.0}
+        assert await client.timeline(found) == {"arrived": 5.0, "spans": []}
         found.request_id = "r2"
         with pytest.raises(TransferFailed, match="404"):
             await client.timeline(found)
@@ -209,3 +211,26 @@ async def test_what_was_under_way_at_a_cut_is_not_finished() -> None:
             async with asyncio.timeout(0.1):
                 await client.run([stream], lambda done: None)
     assert stream.samples[0].end is None and not stream.samples[0].good
+
+
+async def test_the_limit_cuts_a_load_and_keeps_what_came() -> None:
+    answered = 0
+
+    async def stuck(call: web.Request) -> web.StreamResponse:
+        nonlocal answered
+        answered += 1
+        if answered > 5:
+            await asyncio.sleep(60)
+        return await answer(call)
+
+    loads = (("one", Load(output=3, concurrency=2)), ("other", Load(output=3, rate=9.0)))
+    requests = ([request()] * 9, [request(at=at) for at in (0.0, 30.0)])
+    prepared = serve.Prepared("row", loads, requests, ([request()], []))
+    async with server(stuck) as url, Client([url], None) as client:
+        with serve.bars(Console(quiet=True)) as progress:
+            rows = await serve.rows_of(client, "A", 2, prepared, Goal(), 1.0, progress)
+    assert [(row.name, row.cut) for row in rows] == [("row: one", True), ("row: other", True)]
+    good = sum(row.summary.whole.requests for row in rows)
+    assert good == 4, "five answers, one of them to the warm-up"
+    assert sum(row.summary.errors["not finished"] for row in rows if row.summary.errors) == 2
+    assert [{phase.who for phase in row.phases} for row in rows] == [{"client"}] * 2
