@@ -7,6 +7,7 @@ of the other half are never read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -27,10 +28,13 @@ def half_config(config: PreTrainedConfig, half: Half) -> PreTrainedConfig:
     return config
 
 
-def half_class(config: PreTrainedConfig, half: Half) -> Any:
+def half_class(
+    config: PreTrainedConfig, half: Half, constructed: Callable[[Any], object] | None = None
+) -> Any:
     """Subclass of the model class for ``config`` that has only the children of ``half``.
 
-    Its constructor raises UnsupportedModel for a model whose children are not told apart.
+    ``constructed`` is called with each new model, on the meta device. The constructor raises
+    UnsupportedModel for a model whose children are not told apart.
     """
     base = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
 
@@ -38,6 +42,8 @@ def half_class(config: PreTrainedConfig, half: Half) -> Any:
         # The loader constructs on the meta device: what is dropped here has cost no memory.
         base.__init__(self, config, *args, **kwargs)
         _drop_other_half(self, half)
+        if constructed is not None:
+            constructed(self)
 
     # The name and module stay the base's: the loader finds its key conversions by them.
     members: dict[str, Any] = {
