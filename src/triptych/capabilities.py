@@ -59,3 +59,5 @@ class TransportOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     protocol: str = ""
     """What the bytes move by where the kind leaves it open: "nvlink", "rdma", "tcp" (mooncake),
     "staged" (shm, when the memory is a GPU's)."""
+    rank: int = 0
+    """Whose pool, where the producer is several ranks; its own is the first."""

@@ -79,6 +79,10 @@ class Timeouts:
     died to be started again."""
     drain: float = 20.0
     """Finishing running requests at shutdown."""
+    rank: float = 60.0
+    """Ranks of one group waiting for each other, within a step and at shutdown."""
+    rank_start: float = 600.0
+    """Until all ranks of a group have started, and until all have loaded their weights."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,12 @@ class EngineConfig:
     the first if it can be had."""
     selftest: bool = True
     """Compare the engine with the plain model at start and refuse a model it gets wrong."""
+    tensor_parallel: int = 1
+    """Processes that share the model, its heads and its KV cache; ``kv_mib`` is each one's. On
+    CUDA they take consecutive devices, from ``--device`` on."""
+    pipeline_parallel: int = 1
+    """Refused if it is not 1: layers are not spread over processes, heads are
+    (``--tensor-parallel``)."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 import tyro
 
-from triptych.config import Timeouts
+from triptych.config import EngineConfig, Timeouts
 from triptych.errors import ConfigError
 
 
@@ -32,17 +32,26 @@ def check(config: Any, where: str = "") -> None:
             raise ConfigError(f"--{name} must not be negative, but is {value}")
         elif type(value) is float and value <= 0:
             raise ConfigError(f"--{name} must be positive, not {value}")
+    if isinstance(config, EngineConfig) and config.pipeline_parallel != 1:
+        raise ConfigError(
+            f"--pipeline-parallel {config.pipeline_parallel}: pipeline parallel is not supported; "
+            "--tensor-parallel spreads the heads of every layer over processes"
+        )
     if isinstance(config, Timeouts):
-        if config.lease <= config.transfer:
-            raise ConfigError(
-                f"--timeouts.lease ({config.lease} s) must be longer than --timeouts.transfer "
-                f"({config.transfer} s): memory must stay leased while it may still be read"
-            )
-        if config.silence <= config.heartbeat:
-            raise ConfigError(
-                f"--timeouts.silence ({config.silence} s) must be longer than "
-                f"--timeouts.heartbeat ({config.heartbeat} s)"
-            )
+        _check_timeouts(config)
+
+
+def _check_timeouts(config: Timeouts) -> None:
+    if config.lease <= config.transfer:
+        raise ConfigError(
+            f"--timeouts.lease ({config.lease} s) must be longer than --timeouts.transfer "
+            f"({config.transfer} s): memory must stay leased while it may still be read"
+        )
+    if config.silence <= config.heartbeat:
+        raise ConfigError(
+            f"--timeouts.silence ({config.silence} s) must be longer than "
+            f"--timeouts.heartbeat ({config.heartbeat} s)"
+        )
 
 
 _AT_LEAST_ONE = {
@@ -50,7 +59,7 @@ _AT_LEAST_ONE = {
     "landing_mib", "languages", "max_body_mib", "max_bytes", "max_choices", "max_frame_pixels",
     "max_frames", "max_held_mib", "max_images", "max_pixels", "max_requests", "max_sequences",
     "max_tokens", "max_video_bytes", "max_videos", "media_threads", "pool_mib", "prefills",
-    "queue_patches", "repeats", "requests", "together",
+    "queue_patches", "repeats", "requests", "tensor_parallel", "together",
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from triptych.demo.tiny import make_tiny_model
 from triptych.engine.kv_cache import KVShape
 from triptych.engine.loop import Engine
 from triptych.engine.messages import AddRequest, ItemLanded, Progress, StepOutput
+from triptych.engine.mirror import Followers
 from triptych.engine.sequence import ItemSpan
 from triptych.errors import TriptychError
 from triptych.media.image import ImageHeader
@@ -169,13 +170,20 @@ class Family:
 class Driver:
     """Runs an engine and sorts what it says. ``n_blocks``: of its cache, by default 1 MiB."""
 
-    def __init__(self, model: LanguageModel, *, n_blocks: int = 0, **config: Any) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        followers: Followers | None = None,
+        *,
+        n_blocks: int = 0,
+        **config: Any,
+    ) -> None:
         outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
         settings = EngineConfig(kv_mib=1, threads=1, **config)
         shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
         nbytes = n_blocks * shape.block_nbytes(settings.block_size)
         memory = torch.zeros(nbytes, dtype=torch.uint8) if n_blocks else None
-        self.engine = Engine(model, memory, settings, outputs.put)
+        self.engine = Engine(model, memory, settings, outputs.put, followers)
         self._outputs = outputs
         self.tokens: list[TokenEvent] = []
         self.progress: dict[str, list[Progress]] = defaultdict(list)

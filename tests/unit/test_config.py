@@ -37,6 +37,11 @@ def test_defaults_pass() -> None:
         (ServeConfig(MODEL, port=70_000), "--port"),
         (ServeConfig(MODEL, engine=EngineConfig(block_size=0)), "--block-size"),
         (ServeConfig(MODEL, engine=EngineConfig(threads=-1)), "--threads"),
+        (ServeConfig(MODEL, engine=EngineConfig(tensor_parallel=0)), "--tensor-parallel"),
+        (
+            ServeConfig(MODEL, engine=EngineConfig(pipeline_parallel=2)),
+            "--pipeline-parallel 2: pipeline parallel is not supported; --tensor-parallel",
+        ),
         (ServeConfig(MODEL, start_timeout=0.0), "--start-timeout"),
         (DecodeConfig(replace(MODEL, memory_fraction=1.5)), "--memory-fraction"),
         (DecodeConfig(replace(MODEL, memory_fraction=0.0)), "--memory-fraction"),

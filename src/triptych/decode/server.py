@@ -18,9 +18,8 @@ from triptych import wire
 from triptych.config import DecodeConfig, Secrets
 from triptych.engine.messages import Cancel, Reserve, StartDecode, StepOutput
 from triptych.errors import Cancelled, Overloaded, TransferFailed, TriptychError
-from triptych.models.language import LanguageModel
 from triptych.request import Span
-from triptych.stage.host import EngineHost, create_language_stage
+from triptych.stage.host import EngineHost, Loaded, create_language_stage
 from triptych.stage.shell import Stage
 from triptych.transfer.channel import Channel
 
@@ -39,14 +38,13 @@ class _Reserved:
 
 
 class DecodeService:
-    def __init__(self, stage: Stage, model: LanguageModel, config: DecodeConfig) -> None:
-        self._stage = stage
+    def __init__(self, loaded: Loaded, config: DecodeConfig) -> None:
+        self._stage = loaded.stage
         self._requests: dict[str, _Reserved] = {}
         self.host = EngineHost(
-            stage,
-            model,
+            loaded,
             config.engine,
-            memory_fraction=config.model.memory_fraction,
+            moves_kv=True,
             transport=config.network.transport,
             landing_mib=0,
             on_output=self._on_output,
@@ -160,7 +158,7 @@ class DecodeService:
             name="kv_read",
             start=asked,
             end=now,
-            nbytes=pulled.nbytes,
+            nbytes=pulled.nbytes * self.host.layout.tp_size,
             transport=pulled.transport,
             note=f"{chunks} chunks, {pulled.read_s * 1000:.1f} ms reading",
         )
@@ -205,10 +203,11 @@ class DecodeService:
 
 def create(config: DecodeConfig, secrets: Secrets) -> Stage:
     """Load the language half, check the engine on it, and wire the worker. Blocks for seconds."""
-    stage, model = create_language_stage(
+    loaded = create_language_stage(
         "decode", config.model, config.engine, config.network, config.timeouts, secrets
     )
-    service = DecodeService(stage, model, config)
+    service = DecodeService(loaded, config)
+    stage = loaded.stage
     stage.post("/reserve", wire.ReserveRequest, service.reserve)
     stage.post("/decode", wire.DecodeRequest, service.decode)
     host = service.host

@@ -14,6 +14,7 @@ from torch import Tensor
 from triptych.config import EngineConfig, ModelConfig
 from triptych.engine.attention import Attention, SdpaAttention
 from triptych.engine.kv_cache import KVCache, KVShape
+from triptych.engine.mirror import Followers, LeadingRunner
 from triptych.engine.runner import Runner
 from triptych.errors import ConfigError
 from triptych.models.language import LanguageModel
@@ -66,17 +67,27 @@ def compile_layers(model: LanguageModel, engine: EngineConfig, config: ModelConf
         model.compile(folder)
 
 
+def longest(model: LanguageModel, config: EngineConfig) -> int:
+    """Tokens of the longest prompt plus answer, as far as the cache does not limit them."""
+    return min(config.max_model_len or model.max_positions, model.max_positions)
+
+
 class Compute:
     """What an engine computes with: the cache, the attention over it, the runner of its steps.
 
-    ``kv_memory``: as for ``Engine``. Raises ConfigError if the cache has no room for a block, or a
-    step none for the longest run.
+    ``kv_memory``: as for ``Engine``. ``n_positions``: tokens that no sequence exceeds.
+    ``followers``: the other ranks, if there are any and this one leads them. Raises ConfigError if
+    the cache has no room for a block, or a step none for the longest run.
     """
 
     def __init__(
-        self, model: LanguageModel, kv_memory: Tensor, config: EngineConfig, n_positions: int
+        self,
+        model: LanguageModel,
+        kv_memory: Tensor,
+        config: EngineConfig,
+        n_positions: int,
+        followers: Followers | None = None,
     ) -> None:
-        """``n_positions``: tokens that no sequence exceeds."""
         if config.chunk_tokens < model.longest_run:
             raise ConfigError(
                 f"--chunk-tokens {config.chunk_tokens}: the model computes the "
@@ -96,11 +107,16 @@ class Compute:
         self._attention = open_attention(
             name, self.kv, self._places, -(-n_tokens // config.block_size)
         )
-        self.runner = Runner(model, self._attention, self._places)
+        if followers is None:
+            self.runner = Runner(model, self._attention, self._places)
+        else:
+            self.runner = LeadingRunner(model, self._attention, self._places, followers)
 
     def warm_up(self) -> None:
         """On the thread that will compute, before its first request: compile for the most tokens at
         once, then see that the same code serves fewer. Torch's own attention needs none of it."""
+        if self.model.device.type == "cuda":
+            torch.cuda.set_device(self.model.device)  # holds for this thread
         if isinstance(self._attention, SdpaAttention):
             return
         began = time.perf_counter()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from triptych.config import MIB, EngineConfig
-from triptych.engine.backends import Compute
+from triptych.engine.backends import Compute, longest
 from triptych.engine.block_manager import BlockManager
 from triptych.engine.intake import Intake
 from triptych.engine.messages import (
@@ -34,6 +34,7 @@ from triptych.engine.messages import (
     StepOutput,
     Used,
 )
+from triptych.engine.mirror import Followers
 from triptych.engine.outbox import Outbox
 from triptych.engine.sampler import Sampled
 from triptych.engine.scheduler import Schedule, Scheduler, Work
@@ -63,7 +64,8 @@ class Engine:
 
     ``kv_memory``: (nbytes,) uint8 on the model's device, the KV cache; None: own memory of
     ``config.kv_mib``. ``emit`` is called on the engine thread, once a turn at most, and must not
-    block. Raises ConfigError if the cache has no room for a block.
+    block. ``followers``: the other ranks of the group that this process leads. Raises ConfigError
+    if the cache has no room for a block.
     """
 
     def __init__(
@@ -72,14 +74,15 @@ class Engine:
         kv_memory: Tensor | None,
         config: EngineConfig,
         emit: Callable[[StepOutput], None],
+        followers: Followers | None = None,
     ) -> None:
         if kv_memory is None:
             kv_memory = torch.zeros(config.kv_mib * MIB, dtype=torch.uint8, device=model.device)
         self.model = model
-        max_tokens = min(config.max_model_len or model.max_positions, model.max_positions)
+        max_tokens = longest(model, config)
         named_blocks = config.block_size if config.prefix_cache else 0
         self._intake = Intake(model, max_tokens, named_blocks)
-        self._compute = Compute(model, kv_memory, config, max_tokens)
+        self._compute = Compute(model, kv_memory, config, max_tokens, followers)
         self.kv, self._runner = self._compute.kv, self._compute.runner
         blocks = BlockManager(self._compute.n_blocks, config.block_size)
         self.max_model_len = min(max_tokens, blocks.n_blocks * config.block_size)

@@ -7,21 +7,19 @@ from triptych.config import LanguageConfig, Secrets
 from triptych.engine.messages import AddRequest, Cancel, StepOutput
 from triptych.engine.sequence import ItemSpan
 from triptych.errors import TriptychError
-from triptych.models.language import LanguageModel
-from triptych.stage.host import EngineHost, create_language_stage
+from triptych.stage.host import EngineHost, Loaded, create_language_stage
 from triptych.stage.shell import Stage
 from triptych.transfer.channel import Channel
 
 
 class LanguageService:
-    def __init__(self, stage: Stage, model: LanguageModel, config: LanguageConfig) -> None:
+    def __init__(self, loaded: Loaded, config: LanguageConfig) -> None:
         self._held: dict[str, str] = {}
         """Router session of each running request."""
         self.host = EngineHost(
-            stage,
-            model,
+            loaded,
             config.engine,
-            memory_fraction=config.model.memory_fraction,
+            moves_kv=False,
             transport=config.network.transport,
             landing_mib=config.landing.landing_mib,
             on_output=self._on_output,
@@ -80,10 +78,11 @@ class LanguageService:
 
 def create(config: LanguageConfig, secrets: Secrets) -> Stage:
     """Load the language half, check the engine on it, and wire the worker. Blocks for seconds."""
-    stage, model = create_language_stage(
+    loaded = create_language_stage(
         "language", config.model, config.engine, config.network, config.timeouts, secrets
     )
-    service = LanguageService(stage, model, config)
+    service = LanguageService(loaded, config)
+    stage = loaded.stage
     stage.post("/generate", wire.PrefillRequest, service.generate)
     stage.attach(service, service.host.capacity, transports=service.host.transports)
     return stage

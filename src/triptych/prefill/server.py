@@ -16,8 +16,7 @@ from triptych.config import PrefillConfig, Secrets
 from triptych.engine.messages import AddRequest, Cancel, Prefilled, Progress, StepOutput
 from triptych.engine.sequence import ItemSpan
 from triptych.errors import TriptychError
-from triptych.models.language import LanguageModel
-from triptych.stage.host import EngineHost, create_language_stage
+from triptych.stage.host import EngineHost, Loaded, create_language_stage
 from triptych.stage.shell import Stage
 from triptych.states import SlotState
 from triptych.transfer.channel import Channel
@@ -37,14 +36,13 @@ class _Slot:
 
 
 class PrefillService:
-    def __init__(self, stage: Stage, model: LanguageModel, config: PrefillConfig) -> None:
-        self._stage = stage
+    def __init__(self, loaded: Loaded, config: PrefillConfig) -> None:
+        stage = self._stage = loaded.stage
         self.producer = Producer(stage.url, stage.nonce, stage.timeouts, self._on_idle)
         self.host = EngineHost(
-            stage,
-            model,
+            loaded,
             config.engine,
-            memory_fraction=config.model.memory_fraction,
+            moves_kv=True,
             transport=config.network.transport,
             landing_mib=config.landing.landing_mib,
             on_output=self._on_output,
@@ -150,12 +148,14 @@ class PrefillService:
 
 def create(config: PrefillConfig, secrets: Secrets) -> Stage:
     """Load the language half, check the engine on it, and wire the worker. Blocks for seconds."""
-    stage, model = create_language_stage(
+    loaded = create_language_stage(
         "prefill", config.model, config.engine, config.network, config.timeouts, secrets
     )
-    service = PrefillService(stage, model, config)
+    service = PrefillService(loaded, config)
+    stage = loaded.stage
     stage.post("/prefill", wire.PrefillRequest, service.prefill)
-    stage.route(transfer_route(service.host.region, stage.sessions, service.producer.may_read))
     host = service.host
+    may_read, others = service.producer.may_read, host.other_pools()
+    stage.route(transfer_route(host.region, stage.sessions, may_read, others))
     stage.attach(service, host.capacity, host.layout, transports=host.transports)
     return stage

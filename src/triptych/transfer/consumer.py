@@ -282,8 +282,9 @@ class Consumer:
         Every link that was made, the good one last, is appended to ``links``.
         """
         assert isinstance(channel.peer, wire.Welcome)
-        offers = {offer.kind: offer for offer in channel.peer.offers}
-        peer = Peer(url, channel.session, channel.token)
+        welcome = channel.peer
+        offers = {offer.kind: offer for offer in welcome.offers if offer.rank == 0}
+        peer = Peer(url, channel.session, channel.token, welcome.process, welcome.offers)
         reasons = []
         for kind, transport in self._transports.items():
             if kind not in offers:

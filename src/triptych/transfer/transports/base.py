@@ -42,6 +42,10 @@ class Peer:
     url: str
     session: str
     token: str
+    nonce: str = ""
+    """Of its process."""
+    offers: tuple[TransportOffer, ...] = ()
+    """All of them, of all its ranks."""
 
 
 class Link(Protocol):

@@ -11,7 +11,7 @@ import asyncio
 import http.client
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -43,8 +43,18 @@ MayRead = Callable[[str, Iterable[tuple[int, int]]], bool]
 """(session id, (offset, nbytes) of each piece): ``Producer.may_read``."""
 
 
-def transfer_route(region: BaseRegion, sessions: Sessions, may_read: MayRead) -> Route:
-    """What the producer's server must route for this transport."""
+ReadPool = Callable[[int, int], bytes]
+"""(offset, nbytes) -> a copy of these bytes of another rank's pool. Blocks; TransferFailed."""
+
+
+def transfer_route(
+    region: BaseRegion,
+    sessions: Sessions,
+    may_read: MayRead,
+    others: Sequence[ReadPool] = (),
+) -> Route:
+    """What the producer's server must route for this transport. ``others``: pools of the ranks
+    that this process leads, which are laid out as its own."""
 
     async def transfer(request: Request) -> Response:
         try:
@@ -53,11 +63,13 @@ def transfer_route(region: BaseRegion, sessions: Sessions, may_read: MayRead) ->
             return PlainTextResponse(exc.message, 401)
         try:
             pieces = _parse(request.query_params.get("pieces", ""))
+            rank = _parse_rank(request.query_params.get("rank", "0"), len(others))
         except ValueError:
-            return PlainTextResponse("pieces=OFFSET-NBYTES,...", 400)
+            return PlainTextResponse("pieces=OFFSET-NBYTES,...&rank=RANK", 400)
         if not may_read(channel.session, [piece for piece in pieces if piece != _PROBE]):
             return PlainTextResponse("a piece is not ready or not claimed", 403)
-        body = _stream(region, channel.session, pieces, may_read)
+        read = _direct(region) if rank == 0 else _elsewhere(others[rank - 1])
+        body = _stream(read, channel.session, pieces, may_read)
         return _Bytes(channel, body, sum(nbytes for _, nbytes in pieces))
 
     return Route(_PATH, transfer, methods=["GET"])
@@ -84,14 +96,31 @@ class _Bytes(StreamingResponse):
             await sending
 
 
+def _direct(region: BaseRegion) -> Callable[[int, int], Awaitable[bytes]]:
+    async def read(offset: int, nbytes: int) -> bytes:
+        return region.read(offset, nbytes)
+
+    return read
+
+
+def _elsewhere(pool: ReadPool) -> Callable[[int, int], Awaitable[bytes]]:
+    async def read(offset: int, nbytes: int) -> bytes:
+        return await asyncio.to_thread(pool, offset, nbytes)
+
+    return read
+
+
 async def _stream(
-    region: BaseRegion, session: str, pieces: Sequence[tuple[int, int]], may_read: MayRead
+    read: Callable[[int, int], Awaitable[bytes]],
+    session: str,
+    pieces: Sequence[tuple[int, int]],
+    may_read: MayRead,
 ) -> AsyncIterator[bytes]:
     for offset, nbytes in pieces:
         for start in range(0, nbytes, _CHUNK):
             step = min(_CHUNK, nbytes - start)
             if (offset, nbytes) == _PROBE or may_read(session, [(offset, nbytes)]):
-                yield region.read(offset + start, step)
+                yield await read(offset + start, step)
             else:
                 # The lease ended on the way, so the memory may be someone else's by now. The
                 # consumer's validation will refuse what it read.
@@ -111,6 +140,13 @@ def _parse(text: str) -> list[tuple[int, int]]:
     return pieces
 
 
+def _parse_rank(text: str, most: int) -> int:
+    """Raises ValueError."""
+    if not (text.isascii() and text.isdigit()) or int(text) > most:
+        raise ValueError(text)
+    return int(text)
+
+
 class HttpTransport:
     """``url``: base URL of this process's server, which has ``transfer_route``."""
 
@@ -127,7 +163,7 @@ class HttpTransport:
         # The address that the channel was dialled at, not one that the peer names.
         if urlsplit(peer.url).scheme not in ("http", "https"):
             raise TransportUnavailable(f"not an HTTP address: {peer.url!r}")
-        return HttpLink(peer, offer.nbytes, self._region, timeouts.connect)
+        return HttpLink(peer, offer.nbytes, self._region, timeouts.connect, offer.rank)
 
     def close(self) -> None:
         pass
@@ -139,7 +175,9 @@ class HttpLink:
     memory = None
     """Bytes move."""
 
-    def __init__(self, peer: Peer, nbytes: int, region: BaseRegion, connect_s: float) -> None:
+    def __init__(
+        self, peer: Peer, nbytes: int, region: BaseRegion, connect_s: float, rank: int = 0
+    ) -> None:
         parts = urlsplit(peer.url)
         assert parts.hostname is not None
         kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
@@ -148,6 +186,7 @@ class HttpLink:
         self._connection = kind(parts.hostname, parts.port, timeout=connect_s)
         self._connect_s = connect_s
         self._path = f"{parts.path.rstrip('/')}{_PATH}"
+        self._rank = f"&rank={rank}" if rank else ""
         self._headers = {wire.SESSION_HEADER: peer.session, wire.TOKEN_HEADER: peer.token}
         self._nbytes = nbytes
         self._region = region
@@ -208,7 +247,8 @@ class HttpLink:
                     self._connection.connect()
                     self._socket = self._connection.sock
                 self._limit(deadline)
-                self._connection.request("GET", f"{self._path}?pieces={query}", None, self._headers)
+                url = f"{self._path}?pieces={query}{self._rank}"
+                self._connection.request("GET", url, None, self._headers)
                 return self._connection.getresponse()
             except (http.client.RemoteDisconnected, ConnectionError):
                 self._connection.close()
