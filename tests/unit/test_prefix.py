@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triptych.engine.prefix import BlockNames
-from triptych.engine.sequence import ItemSpan, locate_items
+from triptych.engine.sequence import ItemSpan, locate_items, runs_of
 
 ROW, SEPARATOR = 900, 901
 GRID = (1, 4, 6)
@@ -82,6 +82,25 @@ def test_behind_an_image_that_is_not_known_nothing_has_a_name() -> None:
     unknown = replace(CAT, key="")
     assert names(ids, [unknown]) == names(ids, [CAT])[:1]
     assert len(names(ids[6:] + [ROW] * 6, [CAT, unknown])) == 3
+
+
+def test_a_run_that_is_computed_as_a_whole_names_all_its_blocks() -> None:
+    """Two images without anything between them: rows of the first have seen the second."""
+    cat, dog = replace(CAT, rows=6), replace(DOG, rows=6)
+    ids = [1, 2, *[ROW] * 12, 3, 4, *[ROW] * 6, 5, 6]
+
+    def named(spans: list[ItemSpan], whole: bool) -> list[bytes]:
+        items, rows = locate_items(ids, {ROW}, spans)
+        runs = runs_of(rows) if whole else ()
+        return BlockNames(ids, items, spans, rows, 4, runs).first(len(ids))
+
+    for whole, same in ((False, 2), (True, 0)):
+        assert common(named([cat, cat, cat], whole), named([cat, dog, cat], whole)) == same
+        assert common(named([cat, cat, cat], whole), named([cat, cat, dog], whole)) == 4
+    unknown = replace(cat, key="")
+    assert len(named([cat, unknown, cat], False)) == 2
+    assert len(named([cat, unknown, cat], True)) == 0
+    assert len(named([cat, cat, unknown], True)) == 4
 
 
 def test_an_answer_extends_the_names() -> None:

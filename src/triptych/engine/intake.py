@@ -53,7 +53,12 @@ class Intake:
         if self._named_blocks:
             token_ids = (*message.token_ids, *resumed)
             sequence.names = BlockNames(
-                token_ids, items, message.items, row_positions, self._named_blocks
+                token_ids,
+                items,
+                message.items,
+                row_positions,
+                self._named_blocks,
+                sequence.runs,
             )
         prompt = Prompt.build(self._model, message.token_ids, message.items, row_positions, resumed)
         sequence.next_position = prompt.next_position

@@ -8,6 +8,10 @@ Embeddings follow from the tokens and, where rows stand, from the item, whose co
 its bytes, its processing, the model and the dtype. Position ids count tokens from the start, and
 where they have axes (M-RoPE) jump and fan out by the items' kinds, grids and seconds between
 frames, which are hashed along with the key. How the answer is drawn has no part in any of it.
+
+Where a model computes a run of rows as a whole, in both directions, keys and values of its first
+rows follow from its last ones too: a block with rows of a run is named by all items in that run,
+also by those that stand behind the block.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from triptych.engine.sequence import Item, ItemSpan
+from triptych.engine.sequence import Item, ItemSpan, Run
 
 NAME_NBYTES = 16
 """Two blocks of different content have one name with a probability that nobody will see."""
@@ -37,8 +41,9 @@ class _Rows:
 class BlockNames:
     """Of the blocks of one sequence, made as they are asked for.
 
-    ``items``, ``spans`` and ``row_positions``: of the sequence, as from ``locate_items``. From the
-    first row of an item without a key on, blocks have no name.
+    ``items``, ``spans`` and ``row_positions``: of the sequence, as from ``locate_items``. ``runs``:
+    as in ``Sequence``. From the first row of an item without a key on, or of its run, blocks have
+    no name.
     """
 
     def __init__(
@@ -48,7 +53,9 @@ class BlockNames:
         spans: Seq[ItemSpan],
         row_positions: Seq[int],
         block_size: int,
+        runs: Seq[Run] = (),
     ) -> None:
+        self._runs = runs
         self._ids = array("q", token_ids)
         self._size = block_size
         self._row_positions = row_positions
@@ -59,7 +66,7 @@ class BlockNames:
         before = 0
         for item, span in zip(items, spans, strict=True):
             if not span.key:
-                self._most = item.start
+                self._most = self._run_at(item.start)[0]
                 break
             what = (span.key, span.kind, span.rows, span.grid, span.second_per_grid)
             self._rows.append(_Rows(item.stop, repr(what).encode(), before))
@@ -84,9 +91,17 @@ class BlockNames:
             name.update(self._names[-1])
         row, last_row = (bisect_left(self._row_positions, token) for token in (first, last))
         if row < last_row:
+            end = self._run_at(self._row_positions[last_row - 1])[1]
+            last_row = bisect_left(self._row_positions, end)
             for rows in self._rows[bisect_left(self._rows, first + 1, key=lambda r: r.stop) :]:
                 if rows.rows_before >= last_row:
                     break
                 offset = max(0, row - rows.rows_before)
                 name.update(b"|%d|%d|" % (offset, len(rows.fact)) + rows.fact)
         return name.digest()
+
+    def _run_at(self, token: int) -> Run:
+        """The run that a row stands in; where none are known the row alone."""
+        number = bisect_left(self._runs, token + 1, key=lambda run: run[1])
+        inside = number < len(self._runs) and self._runs[number][0] <= token
+        return self._runs[number] if inside else (token, token + 1)
