@@ -189,6 +189,8 @@ def main() -> None:
     parser.add_argument("--encode-ms", type=float, default=12.0)
     parser.add_argument("--chunk-tokens", type=int, default=256)
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("quartiles need two rounds at least")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = make_tiny_model(Path(folder) / "model", "qwen2_5_vl")

@@ -202,11 +202,12 @@ class Engine:
             metrics.preemptions.inc()
             now = time.time()
             self._out.span(sequence.request_id, "preempted", now, now)
-        for sequence, item in schedule.returned:
+        rows = schedule.rows
+        for sequence, item in rows.returned:
             self._give_back(sequence.request_id, item)
-        self._out.withdrawn += [sequence.request_id for sequence in schedule.withdrawn]
-        self._out.wanted += [(sequence.request_id, item) for sequence, item in schedule.wanted]
-        self._out.needless += [(sequence.request_id, item) for sequence, item in schedule.needless]
+        self._out.withdrawn += [sequence.request_id for sequence in rows.withdrawn]
+        self._out.wanted += [(sequence.request_id, item) for sequence, item in rows.wanted]
+        self._out.needless += [(sequence.request_id, item) for sequence, item in rows.needless]
         for sequence in schedule.begun:
             metrics.prefix_tokens.labels("found").inc(sequence.computed)
             metrics.prefix_tokens.labels("computed").inc(sequence.n_prompt - sequence.computed)

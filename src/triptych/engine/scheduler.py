@@ -26,12 +26,6 @@ of the cache at most while others run. One that has been passed by a certain amo
 as complete, so that it is not passed forever: its images may not fit where they land all at once.
 There are never more running sequences than tokens in a step: decodes leave room for a prompt.
 
-Images are asked for as late as the link allows: those of running sequences and, ahead, those of
-prompts that the next few steps may reach. Whoever brings them takes memory in the order in which
-they are asked for. So that none who runs waits for memory of one who waits for it to end, all that
-was brought or is on its way to the queue is given up, and asked for again, when a sequence is
-preempted or one that runs turns out to need more.
-
 A run, rows that a model computes as a whole, is never cut by a chunk: a chunk ends before a run
 that does not fit, and decodes leave room for the longest one.
 """
@@ -41,13 +35,13 @@ from __future__ import annotations
 import itertools
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal
 
 from triptych.engine.block_manager import BlockManager
-from triptych.engine.sequence import Phase, Reservation, Rows, Sequence
+from triptych.engine.row_requests import RowChanges, RowRequests
+from triptych.engine.sequence import Phase, Reservation, Sequence
 from triptych.errors import PromptTooLong
 
 Overlap = Literal["adaptive", "off", "always"]
@@ -76,23 +70,12 @@ class Work:
         return self.start >= self.sequence.n_prompt
 
 
-Image = tuple[Sequence, int]
-"""One of a sequence's, by index."""
-
-
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """To be carried out in the order of the fields; ``work`` last."""
 
     preempted: tuple[Sequence, ...]
-    returned: tuple[Image, ...]
-    """Images whose rows are here and are to be given back."""
-    withdrawn: tuple[Sequence, ...]
-    """Whatever is still on its way to these is not wanted."""
-    wanted: tuple[Image, ...]
-    """Images to be brought, the most urgent first."""
-    needless: tuple[Image, ...]
-    """Images that are not here and will not be asked for again."""
+    rows: RowChanges
     begun: tuple[Sequence, ...]
     """Sequences that run from now on, with ``computed`` tokens that were found."""
     granted: tuple[Reservation, ...]
@@ -126,9 +109,7 @@ class Scheduler:
         self._leased: Counter[int] = Counter()
         """How many keep each of them."""
         self._preempted: list[Sequence] = []
-        self._returned: list[Image] = []
-        self._withdrawn: list[Sequence] = []
-        self._needless: list[Image] = []
+        self._rows = RowRequests(READ_AHEAD * chunk_tokens, blocks.block_size)
         self._begun: list[Sequence] = []
 
     def add(self, entry: Sequence | Reservation) -> None:
@@ -189,13 +170,10 @@ class Scheduler:
     def schedule(self) -> Schedule:
         granted = self._admit()
         work = self._work()
-        wanted = tuple(self._wanted())
         preempted, self._preempted = tuple(self._preempted), []
-        returned, self._returned = tuple(self._returned), []
-        withdrawn, self._withdrawn = tuple(self._withdrawn), []
-        needless, self._needless = tuple(self._needless), []
         begun, self._begun = tuple(self._begun), []
-        return Schedule(preempted, returned, withdrawn, wanted, needless, begun, granted, work)
+        rows = self._rows.ask(self.running, self.queue, self._find)
+        return Schedule(preempted, rows, begun, granted, work)
 
     # ------------------------------------------------------------------ who runs
 
@@ -272,11 +250,7 @@ class Scheduler:
         self.blocks.share(sequence.request_id, found)
         sequence.blocks, sequence.named = found, len(found)
         sequence.computed = len(found) * self.blocks.block_size
-        for index, item in enumerate(sequence.items):
-            if item.stop <= sequence.computed and item.where is not Rows.USED:
-                there = item.where is Rows.LANDED
-                (self._returned if there else self._needless).append((sequence, index))
-                item.where = Rows.USED
+        self._rows.found(sequence)
 
     def _needs(self, entry: Sequence | Reservation) -> int:
         """Blocks that it is still to be given without asking what others do: of a reservation all,
@@ -371,45 +345,8 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.blocks.release(sequence.request_id)
-        self._give_up_rows(sequence)
+        self._rows.give_up([sequence])
         sequence.preempt()
-        self._recall()
+        self._rows.give_up(self.queue)
         insort(self.queue, sequence, key=_by_order)
         self._preempted.append(sequence)
-
-    def _recall(self) -> None:
-        """Nobody in the queue holds memory for rows, or waits for it."""
-        for entry in self.queue:
-            if isinstance(entry, Sequence):
-                self._give_up_rows(entry)
-
-    def _give_up_rows(self, sequence: Sequence) -> None:
-        if any(item.where is Rows.ASKED for item in sequence.items):
-            self._withdrawn.append(sequence)
-        self._returned += [(sequence, item) for item in sequence.give_back()]
-
-    # ------------------------------------------------------------------ embeddings
-
-    def _wanted(self) -> Iterator[Image]:
-        ahead = READ_AHEAD * self.chunk_tokens
-        for sequence in self.running:
-            ahead -= max(0, sequence.n_prompt - sequence.computed)
-            more = list(self._ask(sequence))
-            if more:
-                self._recall()
-            yield from more
-        for entry in self.queue:
-            if ahead <= 0:
-                break
-            if isinstance(entry, Sequence):
-                if entry.foreseen < 0:
-                    entry.foreseen = len(self._find(entry)) * self.blocks.block_size
-                ahead -= entry.n_prompt - entry.foreseen
-                yield from self._ask(entry)
-
-    def _ask(self, sequence: Sequence) -> Iterator[Image]:
-        for index, item in enumerate(sequence.items):
-            away = item.where in (Rows.AWAY, Rows.RETURNED)
-            if away and item.stop > sequence.foreseen:
-                item.where = Rows.ASKED
-                yield sequence, index
