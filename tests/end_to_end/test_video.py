@@ -16,7 +16,7 @@ from tests.end_to_end.checks import check_answer
 from tests.end_to_end.cluster import Cluster
 from tests.end_to_end.served import Served
 from tests.end_to_end.video_reference import Part, VideoReference, clip, for_openai, skip_rowless
-from tests.families import CORE
+from tests.families import WITH_VIDEO
 from triptych.demo.tiny import make_tiny_model
 
 MAX_TOKENS = 10
@@ -46,7 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     yield model
 
 
-@pytest.mark.parametrize("family", CORE)
+@pytest.mark.parametrize("family", WITH_VIDEO)
 @pytest.mark.parametrize("topology", ["E/P/D", "E/PD"])
 def test_answers_equal_transformers(models, family: str, topology: str) -> None:  # type: ignore[no-untyped-def]
     skip_rowless(family)
