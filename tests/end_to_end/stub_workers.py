@@ -41,6 +41,9 @@ class StubWorker:
     router: str = ""
     identity: wire.ModelIdentity = IDENTITY
     capacity: wire.Capacity = field(default_factory=lambda: wire.Capacity(max_model_len=2048))
+    timeouts: Timeouts = TIMEOUTS
+    rows: int = ROWS
+    """Of every image."""
     kv: KVLayout | None = None
     transports: tuple[str, ...] = ("shm", "http")
     release: str = __version__
@@ -89,7 +92,7 @@ class StubWorker:
                 self.router,
                 self._hello,
                 self.secrets.shared,
-                TIMEOUTS,
+                self.timeouts,
                 self.sessions,
                 self._on_message,
                 lambda channel, reason: None,
@@ -167,8 +170,8 @@ class StubWorker:
         self.known.add(item.digest)
         meta = ItemMeta(
             key=item.digest,
-            text=MARKER * ROWS,
-            rows=ROWS,
+            text=MARKER * self.rows,
+            rows=self.rows,
             grid=(1, 4, 4),
             planes=1,
             width=8,

@@ -87,11 +87,16 @@ def _strict_base64(body: str) -> bytes:
 
 
 def _checked(data: bytes, max_bytes: int) -> bytes:
-    if not data:
-        raise BadMedia("the file is empty")
-    if len(data) > max_bytes:
-        raise BadMedia(f"the file is larger than {max_bytes} bytes")
+    check_size(len(data), max_bytes)
     return data
+
+
+def check_size(nbytes: int, max_bytes: int) -> None:
+    """Raises BadMedia for a file that is empty or too large."""
+    if not nbytes:
+        raise BadMedia("the file is empty")
+    if nbytes > max_bytes:
+        raise BadMedia(f"the file is larger than {max_bytes} bytes")
 
 
 # ------------------------------------------------------------------ files

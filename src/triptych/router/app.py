@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from triptych import wire
 from triptych.config import RouterConfig, Secrets
@@ -31,6 +31,7 @@ from triptych.transfer.channel import Channel, Sessions
 from triptych.transfer.handshake import Listener
 
 logger = logging.getLogger(__name__)
+CHAT = "/v1/chat/completions"
 
 
 class Router:
@@ -66,9 +67,10 @@ class Router:
             on_message=self._on_message,
             on_lost=self.membership.lost,
         )
-        self.app = Starlette(
+        chat = _Guarded(self.chat, secrets)
+        others = Starlette(
             routes=[
-                Route("/v1/chat/completions", _Guarded(self.chat, secrets), methods=["POST"]),
+                Route(CHAT, chat, methods=["POST"]),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._models),
                 Route("/v1/requests/{request_id}/timeline", self._timeline),
@@ -78,6 +80,7 @@ class Router:
                 WebSocketRoute("/channel", listener.accept),
             ]
         )
+        self.app: ASGIApp = _Shortcut(chat, others)
 
     async def drain(self) -> None:
         """Take no new requests, and wait for the running ones for ``timeouts.drain`` at most."""
@@ -142,6 +145,18 @@ class Router:
 
     async def _metrics(self, request: Request) -> Response:
         return Response(exposition.render(), media_type=exposition.CONTENT_TYPE)
+
+
+class _Shortcut:
+    """Chat requests past the framework, whose layers every token of a stream would go through."""
+
+    def __init__(self, chat: ASGIApp, others: ASGIApp) -> None:
+        self._chat = chat
+        self._others = others
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_chat = scope["type"] == "http" and scope["path"] == CHAT and scope["method"] == "POST"
+        await (self._chat if is_chat else self._others)(scope, receive, send)
 
 
 class _Guarded:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from triptych.errors import BadMedia, BadVideo, TriptychError
 from triptych.request import KINDS, Kind, Sampling
 from triptych.router.admission import Place
+from triptych.router.body import Inline
 from triptych.router.openai import SEED_BITS, ChatRequest, ItemInput
 
 
@@ -46,6 +47,8 @@ class Call:
     """Of the router's memory."""
     choice: int = 0
     """Which of the ``n`` answers this is."""
+    inline: Mapping[str, Inline] = field(default_factory=dict)
+    """Files that came in the request's body, by the URL of their item."""
     seed: int = field(init=False)
     """Drawn here when none is given; the answers draw from it by their numbers."""
     items: list[ItemInput] = field(init=False)

@@ -24,9 +24,10 @@ from triptych.errors import (
 from triptych.observe import metrics
 from triptych.router.admission import Admission, Place
 from triptych.router.answers import EVENTS, JSON, Answer, Delta, Usage, error_event
+from triptych.router.body import BodyReader
 from triptych.router.call import Call
 from triptych.router.offload import INLINE_NBYTES, offload
-from triptych.router.openai import error_body, parse
+from triptych.router.openai import ChatRequest, error_body, parse
 from triptych.router.pipeline import Pipeline
 from triptych.router.prompt import Prompter
 from triptych.router.timelines import Timelines
@@ -86,17 +87,22 @@ class ChatEndpoint:
             self._check_serving()
             place = self._admission.enter(time.monotonic())
             body = await self._body(receive, place)
-            chat = await offload(len(body) <= INLINE_NBYTES, parse, body)
+            chat = await _read(body)
             self.check_model(chat.model)
             self._check_choices(chat.n_choices)
             timeout_s = _timeout_s(scope, chat.timeout, self._config.timeouts.request)
             self._timelines.open(request_id, arrived)
-            await self._answer(Call(request_id, chat, arrived, timeout_s, place), reply, receive)
+            call = Call(request_id, chat, arrived, timeout_s, place, inline=body.files)
+            await self._answer(call, reply, receive)
         except TriptychError as error:
             if isinstance(error, Overloaded):
                 least = self._admission.retry_after_s(time.monotonic())
                 error.retry_after_s = max(error.retry_after_s, least)
             await reply.error(error)
+        # A task's edge: a bug of ours is an answer in OpenAI's format too, and in the log.
+        except Exception:
+            logger.exception("request %s failed inside the router", request_id)
+            await reply.error(TriptychError("internal error"))
         finally:
             if place is not None:
                 place.leave(time.monotonic())
@@ -114,9 +120,9 @@ class ChatEndpoint:
         if self.draining:
             raise Overloaded("the server is shutting down")
 
-    async def _body(self, receive: Receive, place: Place) -> bytes:
+    async def _body(self, receive: Receive, place: Place) -> BodyReader:
         limit = self._config.max_body_mib * MIB
-        parts: list[bytes] = []
+        body = BodyReader()
         size = 0
         more = True
         while more:
@@ -132,9 +138,9 @@ class ChatEndpoint:
             if size > limit:
                 raise BadRequest(f"the body is larger than {self._config.max_body_mib} MiB")
             place.hold(len(part), time.monotonic())
-            parts.append(part)
+            body.feed(part)
             more = message.get("more_body", False)
-        return b"".join(parts)
+        return body
 
     async def _answer(self, call: Call, reply: Reply, receive: Receive) -> None:
         """Run the request's life beside its client: whichever ends first ends the other."""
@@ -149,6 +155,7 @@ class ChatEndpoint:
         life = asyncio.create_task(self._pipeline.run(call, emit))
         client = asyncio.create_task(_disconnected(receive))
         client.add_done_callback(lambda _: life.cancel())
+        reply.watch(life)
         try:
             await asyncio.wait((life,))  # which has a deadline of its own
             usage = _usage(life)
@@ -159,6 +166,7 @@ class ChatEndpoint:
             else:
                 await reply.whole(answer.whole(usage))
         finally:
+            reply.unwatch()
             client.cancel()
             life.cancel()
             await asyncio.gather(client, life, return_exceptions=True)
@@ -182,22 +190,44 @@ class Reply:
         """0 until it is sent."""
         self._request_id = request_id
         self._send = send
+        self._loop = asyncio.get_running_loop()
+        self._sending_since = 0.0
+        """Loop time at which the event that is being sent was begun; 0 when none is."""
+        self._watch: asyncio.TimerHandle | None = None
+
+    def watch(self, life: asyncio.Task[Usage]) -> None:
+        """Cancel ``life`` if the client takes nothing of a stream for ``SEND_S``, looking now and
+        then: a timeout of its own would cost each token more than the rest of its sending."""
+        if self._sending_since and self._loop.time() - self._sending_since > SEND_S:
+            life.cancel()
+        else:
+            self._watch = self._loop.call_later(SEND_S / 4, self.watch, life)
+
+    def unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
 
     async def stream(self, answer: Answer, delta: Delta) -> None:
         events = answer.events(delta)
         if self.status == 0:
             events = answer.opening() + events
             await self._start(200, EVENTS, [(b"cache-control", b"no-cache")])
-        if events:
-            await self._body(events, more=True)
+        if not events:
+            return
+        self._sending_since = self._loop.time()
+        try:
+            await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        except OSError as exc:
+            raise Cancelled("the client takes nothing of its answer") from exc
+        self._sending_since = 0.0
 
     async def finish(self, last: bytes) -> None:
-        await self._body(last, more=False)
+        await self._last(last)
 
     async def whole(self, body: bytes) -> None:
         length = [(b"content-length", str(len(body)).encode())]
         await self._start(200, JSON, length)
-        await self._body(body, more=False)
+        await self._last(body)
 
     async def error(self, error: TriptychError) -> None:
         """As the response, or as the last event of a stream that has begun."""
@@ -206,7 +236,7 @@ class Reply:
         elif error.status >= 500:
             logger.warning("request %s: %s: %s", self._request_id, type(error).__name__, error)
         if self.status:
-            await self._body(error_event(error_body(error)), more=False)
+            await self._last(error_event(error_body(error)))
             return
         response = error_response(error)
         self.status = response.status_code
@@ -214,7 +244,7 @@ class Reply:
         await self._timed(
             {"type": "http.response.start", "status": self.status, "headers": headers}
         )
-        await self._body(bytes(response.body), more=False)
+        await self._last(bytes(response.body))
 
     async def _start(self, status: int, kind: str, headers: list[tuple[bytes, bytes]]) -> None:
         self.status = status
@@ -223,8 +253,8 @@ class Reply:
             {"type": "http.response.start", "status": status, "headers": named + headers}
         )
 
-    async def _body(self, body: bytes, *, more: bool) -> None:
-        await self._timed({"type": "http.response.body", "body": body, "more_body": more})
+    async def _last(self, body: bytes) -> None:
+        await self._timed({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _timed(self, message: dict[str, object]) -> None:
         try:
@@ -239,6 +269,20 @@ def error_response(error: TriptychError) -> Response:
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+
+
+async def _read(body: BodyReader) -> ChatRequest:
+    """What ``body`` asks for. Raises BadRequest as ``parse`` does."""
+    text = body.text()
+    try:
+        chat = await offload(len(text) <= INLINE_NBYTES, parse, text)
+        if body.files.keys() <= {item.url for item in chat.items()}:
+            return chat
+    except BadRequest as error:
+        if body.prefix not in error.message:
+            raise
+    text = body.restored()
+    return await offload(len(text) <= INLINE_NBYTES, parse, text)
 
 
 def _timeout_s(scope: Scope, asked: float | None, longest: float) -> float:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import io
+import secrets
 from typing import TypeVar
 
-import aiohttp
 import msgspec
 
 from triptych import wire
 from triptych.config import Timeouts
 from triptych.errors import Overloaded, TriptychError, WorkerLost, rebuild
+from triptych.router.connection import BadAnswer, Pool
 from triptych.router.membership import Worker
 
 M = TypeVar("M", bound=wire.Message)
-KEEP_ALIVE_S = 4.0
-"""Idle connections are closed before the worker's server closes them (5 s)."""
+LARGE_NBYTES = 1 << 16
+_BIN_8, _BIN_32 = b"\xc4", b"\xc6"
+"""MessagePack's first bytes of byte strings, before lengths of one and of four bytes. A file of
+``LARGE_NBYTES`` is too long for the form of two."""
 
 
 class WorkerClient:
@@ -24,7 +26,7 @@ class WorkerClient:
 
     def __init__(self, timeouts: Timeouts) -> None:
         self._timeouts = timeouts
-        self._opened: aiohttp.ClientSession | None = None
+        self._pool = Pool(timeouts.connect)
 
     async def post(
         self,
@@ -41,16 +43,21 @@ class WorkerClient:
         lost meanwhile.
         """
         limit = self._timeouts.rpc + wait_s
+        headers = {
+            "content-type": wire.MEDIA_TYPE,
+            wire.SESSION_HEADER: worker.channel.session,
+            wire.TOKEN_HEADER: worker.channel.token,
+        }
         try:
             async with asyncio.timeout(limit) as wait:
                 worker.waits.add(wait)
                 try:
-                    status, body = await self._post(worker, path, wire.encode(message))
+                    status, body = await self._pool.post(worker.url, path, headers, pieces(message))
                 finally:
                     worker.waits.discard(wait)
         except TimeoutError as exc:
             raise WorkerLost(f"{worker.worker_id} did not answer {path} in {limit:g} s") from exc
-        except (aiohttp.ClientError, OSError) as exc:
+        except (BadAnswer, OSError) as exc:
             raise WorkerLost(
                 f"{worker.worker_id} at {worker.url}: {exc or type(exc).__name__}"
             ) from exc
@@ -62,30 +69,28 @@ class WorkerClient:
             reason = f"{worker.worker_id} answered {path} by status {status}, no message: {exc}"
             raise WorkerLost(reason) from exc
 
-    async def _post(self, worker: Worker, path: str, body: bytes) -> tuple[int, bytes]:
-        headers = {
-            "Content-Type": wire.MEDIA_TYPE,
-            wire.SESSION_HEADER: worker.channel.session,
-            wire.TOKEN_HEADER: worker.channel.token,
-        }
-        data = io.BytesIO(body)  # written in pieces: other requests go on between them
-        async with self._session().post(worker.url + path, data=data, headers=headers) as response:
-            return response.status, await response.read()
-
-    def _session(self) -> aiohttp.ClientSession:
-        if self._opened is None:
-            self._opened = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-                timeout=aiohttp.ClientTimeout(total=None, connect=self._timeouts.connect),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
-                trust_env=False,
-            )
-        return self._opened
-
     async def close(self) -> None:
-        if self._opened is not None:
-            await self._opened.close()
+        self._pool.close()
+
+
+def pieces(message: wire.Message) -> list[bytes]:
+    """``wire.encode(message)`` in pieces, in which large files are not copied: encoding several
+    megabytes would hold the event loop up, and be their third copy."""
+    if not isinstance(message, wire.EncodeRequest):
+        return [wire.encode(message)]
+    files: list[bytes] = []
+    items = list(message.items)
+    mark = secrets.token_bytes(16)
+    for position, item in enumerate(items):
+        if item.data is not None and len(item.data) >= LARGE_NBYTES:
+            files.append(item.data)
+            items[position] = msgspec.structs.replace(item, data=mark)
+    encoded = wire.encode(msgspec.structs.replace(message, items=tuple(items)))
+    head, *rest = encoded.split(_BIN_8 + bytes((len(mark),)) + mark)
+    found = [head]
+    for file, after in zip(files, rest, strict=True):
+        found += (_BIN_32 + len(file).to_bytes(4, "big"), file, after)
+    return found
 
 
 def _error(problem: wire.Problem) -> TriptychError:

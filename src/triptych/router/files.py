@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from triptych.config import RouterConfig
 from triptych.errors import BadMedia, BadRequest, ClientError
-from triptych.media.fetch import fetch
+from triptych.media.fetch import check_size, fetch
 from triptych.media.size import image_size
-from triptych.request import KINDS
+from triptych.request import KINDS, Kind
 from triptych.router.attempt import together
 from triptych.router.call import Call, File
 from triptych.router.offload import INLINE_NBYTES, offload
@@ -56,23 +56,34 @@ class Files:
 
     async def _fetch_one(self, call: Call, index: int) -> File:
         start, limits, item = time.time(), self._config.limits, call.items[index]
+        most = limits.max_bytes if item.kind == "image" else limits.max_video_bytes
+        inline = call.inline.get(item.url)
         try:
-            data = await fetch(
-                item.url,
-                max_bytes=limits.max_bytes if item.kind == "image" else limits.max_video_bytes,
-                timeout_s=self._config.timeouts.media,
-                allow_private=self._config.allow_private_media,
-                root=self._config.allowed_media_root,
-            )
+            if inline is not None:
+                check_size(inline.nbytes, most)
+                file = await offload(inline.nbytes <= INLINE_NBYTES, _file, item.kind, inline.data)
+            else:
+                data = await fetch(
+                    item.url,
+                    max_bytes=most,
+                    timeout_s=self._config.timeouts.media,
+                    allow_private=self._config.allow_private_media,
+                    root=self._config.allowed_media_root,
+                )
+                file = await offload(len(data) <= INLINE_NBYTES, _file, item.kind, lambda: data)
         except ClientError as error:
             error.item = index
             raise
-        call.place.hold(len(data), time.monotonic())
-        digest = await offload(len(data) <= INLINE_NBYTES, _digest, data)
-        self._timelines.own(call.request_id, "fetch", start, item=index, nbytes=len(data))
-        size = image_size(data) if item.kind == "image" else None
-        return File(item.kind, data, digest, estimated_patches(len(data), size))
+        nbytes = len(file.data or b"")
+        if inline is None:
+            call.place.hold(nbytes, time.monotonic())  # an inline one's are held as the body's
+        self._timelines.own(call.request_id, "fetch", start, item=index, nbytes=nbytes)
+        return file
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _file(kind: Kind, data: Callable[[], bytes]) -> File:
+    """Large ones are put together and hashed on a thread, which leaves the interpreter alone."""
+    found = data()
+    size = image_size(found) if kind == "image" else None
+    digest = hashlib.sha256(found).hexdigest()
+    return File(kind, found, digest, estimated_patches(len(found), size))

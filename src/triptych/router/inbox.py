@@ -42,6 +42,11 @@ class Inbox:
             self.fail(worker, WorkerLost(lost))
             return
         self._from[worker.worker_id] = event.index
+        if event.index == self._next and not self._held:  # as nearly always
+            self._next += 1
+            self._ready.append(event)
+            self._wake.set()
+            return
         if event.index < self._next:
             return
         self._held[event.index] = event

@@ -117,7 +117,7 @@ class Pipeline:
         start = time.time()
         token_ids = await self._prompter.tokens(rendered, [item.meta.text for item in items])
         rows = sum(item.meta.rows for item in items)
-        places = sum(token in self._prompter.row_token_ids for token in token_ids)
+        places = self._prompter.count_rows(token_ids)
         if rows != places:
             raise UnsupportedModel(f"{rows} embedding rows, {places} tokens for them in the prompt")
         topology = self._config.topology

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from triptych.request import KINDS, Kind
 from triptych.router.offload import INLINE_CHARACTERS, offload
 from triptych.router.openai import ChatRequest
 
+SIZES = 64
+"""Texts of items that are remembered: files of one size have the same."""
 _PROBE = "a probe"
 
 
@@ -41,6 +44,8 @@ class Prompter:
         # Called for every prompt and token: Transformers' own code around the work costs more
         # than the work.
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        self._alone: dict[int, str] = {}
+        """Texts of single tokens, which are asked for after each of an answer."""
         self.family = family(model)
         self.placeholder = placeholder(self.family, self._tokenizer)
         """What the template writes for an image, replaced by the image's text."""
@@ -49,7 +54,7 @@ class Prompter:
         markers = [m for m in (self.placeholder, self.video_placeholder) if m is not None]
         self._markers = re.compile("|".join(f"({re.escape(marker)})" for marker in markers))
         self.image_token_id = _image_token_id(model)
-        self.row_token_ids = (self.image_token_id, *_video_token_ids(model))
+        self.row_token_ids = tuple({self.image_token_id, *_video_token_ids(model)})
         """Tokens of the prompt that stand for embedding rows."""
         self.stop_ids = _stop_ids(config, model, self._tokenizer)
         """Tokens that end an answer."""
@@ -59,6 +64,7 @@ class Prompter:
             str(t) for t in self._tokenizer.convert_ids_to_tokens(list(self.row_token_ids))
         ]
         self._reserved = (*markers, *row_tokens)
+        self._shorten = lru_cache(SIZES)(self._shorten_anew)
         self._runs = re.compile(
             "|".join(f"({re.escape(token)})(?:\\{i})*" for i, token in enumerate(row_tokens, 1))
         )
@@ -105,32 +111,43 @@ class Prompter:
         """The kinds of the items in the order of their placeholders."""
         return ["image" if match[1] else "video" for match in self._markers.finditer(rendered)]
 
+    def count_rows(self, token_ids: Sequence[int]) -> int:
+        """How many of them stand for embedding rows."""
+        return sum(token_ids.count(row) for row in self.row_token_ids)
+
     async def tokens(self, rendered: str, item_texts: Sequence[str]) -> list[int]:
         """Token ids of ``rendered`` with each placeholder replaced by the text of its item."""
-        texts = iter(item_texts)
-        text = self._markers.sub(lambda _: next(texts), rendered)
         # An image is thousands of equal tokens. They stand apart from all text, so that one in
         # place of each run gives the same ids in a fraction of the time.
-        runs: list[int] = []
-
-        def shorten(run: re.Match[str]) -> str:
-            token = run[run.lastindex or 0]
-            runs.append(len(run[0]) // len(token))
-            return token
-
-        short = self._runs.sub(shorten, text)
+        shortened = [self._shorten(text) for text in item_texts]
+        runs = [length for _, lengths in shortened for length in lengths]
+        texts = iter(shortened)
+        short = self._markers.sub(lambda _: next(texts)[0], rendered)
         ids = await offload(len(short) <= INLINE_CHARACTERS, self._encode, short)
         if not runs:
             return ids
         rows = self.row_token_ids
-        if sum(found in rows for found in ids) != len(runs):
+        if self.count_rows(ids) != len(runs):
             raise UnsupportedModel("the tokenizer does not keep the tokens of rows apart")
         lengths = iter(runs)
-        return [
-            token
-            for found in ids
-            for token in ([found] * next(lengths) if found in rows else (found,))
-        ]
+        found: list[int] = []
+        for token in ids:
+            if token in rows:
+                found += [token] * next(lengths)
+            else:
+                found.append(token)
+        return found
+
+    def _shorten_anew(self, text: str) -> tuple[str, tuple[int, ...]]:
+        """An item's text with one token in place of each run of them, and the runs' lengths."""
+        lengths: list[int] = []
+
+        def one(run: re.Match[str]) -> str:
+            token = run[run.lastindex or 0]
+            lengths.append(len(run[0]) // len(token))
+            return token
+
+        return self._runs.sub(one, text), tuple(lengths)
 
     def _encode(self, text: str) -> list[int]:
         bos = self._tokenizer.bos_token
@@ -159,6 +176,13 @@ class Prompter:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens."""
+        if len(ids) != 1:
+            return self._decode(ids)
+        if (text := self._alone.get(ids[0])) is None:
+            text = self._alone[ids[0]] = self._decode(ids)
+        return text
+
+    def _decode(self, ids: Sequence[int]) -> str:
         if self._backend is not None:
             return str(self._backend.decode(ids, skip_special_tokens=True))
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -9,7 +9,7 @@ import logging
 import math
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import uvicorn
@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from triptych import wire
 from triptych.config import Secrets
@@ -25,6 +26,16 @@ from triptych.observe.metrics import rpc_seconds
 from triptych.transfer.channel import Channel, Sessions
 
 logger = logging.getLogger(__name__)
+KEEP_ALIVE_S = 60
+"""Idle connections of clients and peers are kept for so long: well beyond what those keep them
+for, so that they do not use one that is being closed."""
+HEAD_S = 30.0
+"""A connection that has not sent a whole request line and headers by then is closed."""
+READ_NBYTES = 72 << 10
+"""Of one connection's body at once: above uvicorn's high-water mark, so that reading pauses after
+each."""
+MAX_HEAD = 64 << 10
+"""Bytes of request line and headers."""
 M = TypeVar("M", bound=wire.Message)
 Handler = Callable[[M, Channel], Awaitable[wire.Message]]
 
@@ -54,6 +65,69 @@ def url_of(sock: socket.socket, advertise: str | None = None) -> str:
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
 
+class Protocol(HttpToolsProtocol):
+    """uvicorn's, with an end to heads that are endless or never come."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._head_nbytes = 0
+        self._no_head = self.loop.call_later(HEAD_S, transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._no_head.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._head_nbytes += len(data)
+        super().data_received(data)
+        # While a head is incomplete: whatever has come since the last one is of it.
+        if self._head_nbytes > MAX_HEAD and not self.transport.is_closing():
+            self.send_400_response(f"The request's head is longer than {MAX_HEAD} bytes.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._no_head.cancel()
+        self._no_head = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def on_headers_complete(self) -> None:
+        self._no_head.cancel()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._head_nbytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._head_nbytes = 0
+        super().on_message_complete()
+
+
+class SmallReads(asyncio.BufferedProtocol):
+    """``Protocol`` with an upper limit on what is read at once: however many large bodies arrive
+    at the same time, none of them holds the loop up for long."""
+
+    _buffer = memoryview(bytearray(READ_NBYTES))
+    """Of all connections: what is read is copied out at once."""
+
+    def __init__(self, **parts: Any) -> None:
+        self._inner = Protocol(**parts)
+        self.connection_lost = self._inner.connection_lost  # type: ignore[method-assign]
+        self.pause_writing = self._inner.pause_writing  # type: ignore[method-assign]
+        self.resume_writing = self._inner.resume_writing  # type: ignore[method-assign]
+
+    def connection_made(self, transport: Any) -> None:
+        self._inner.connection_made(transport)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._inner.data_received(bytes(self._buffer[:nbytes]))
+
+    def eof_received(self) -> None:
+        self._inner.eof_received()
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn on a socket of ours; signals are the process's business, not the server's."""
 
@@ -61,7 +135,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=SmallReads,  # type: ignore[arg-type]
                 ws="websockets-sansio",
                 ws_max_size=wire.MAX_FRAME,
                 ws_ping_interval=None,  # the channel has heartbeats of its own
@@ -71,6 +145,7 @@ class HttpServer(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 backlog=1024,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=max(1, round(drain_s)),
             )
         )
