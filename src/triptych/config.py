@@ -165,6 +165,19 @@ class MediaLimits:
 
 
 @dataclass(frozen=True)
+class TlsConfig:
+    """The API under TLS, on a port of its own beside the plain one that workers use."""
+
+    certificate: Path | None = None
+    """PEM file with the certificate and what it was signed by. With a key, there is TLS."""
+    key: Path | None = None
+    """PEM file with its private key."""
+    host: str = "127.0.0.1"
+    """Interface to bind."""
+    port: int = 8443
+
+
+@dataclass(frozen=True)
 class RouterConfig:
     """The OpenAI API: media, prompt, placement, streaming."""
 
@@ -189,6 +202,7 @@ class RouterConfig:
     """Fetch images from loopback and private addresses too (tests and closed networks)."""
     limits: MediaLimits = field(default_factory=MediaLimits)
     timeouts: Timeouts = field(default_factory=Timeouts)
+    tls: TlsConfig = field(default_factory=TlsConfig)
     max_body_mib: int = 256
     """Largest request body."""
     max_requests: int = 256
@@ -273,6 +287,7 @@ class ServeConfig:
     """Language workers of E/PD."""
     host: str = "127.0.0.1"
     port: int = 8000
+    tls: TlsConfig = field(default_factory=TlsConfig)
     transport: TransportName = "auto"
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
     landing: tyro.conf.OmitArgPrefixes[LandingConfig] = field(default_factory=LandingConfig)

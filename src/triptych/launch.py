@@ -85,6 +85,7 @@ def role_configs(config: ServeConfig) -> dict[str, list[Any]]:
         prefills=config.prefills,
         decodes=config.decodes,
         languages=config.languages,
+        tls=config.tls,
         allowed_media_root=config.allowed_media_root,
         allow_private_media=config.allow_private_media,
         parent_pipe=config.parent_pipe,

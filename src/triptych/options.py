@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 import tyro
 
-from triptych.config import EngineConfig, Timeouts
+from triptych.config import EngineConfig, Timeouts, TlsConfig
 from triptych.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def check(config: Any, where: str = "") -> None:
     for item in fields(config):
         value, name = getattr(config, item.name), f"{where}{item.name.replace('_', '-')}"
         if is_dataclass(value):
-            check(value, "timeouts." if item.name == "timeouts" else where)
+            check(value, f"{item.name}." if item.name in ("timeouts", "tls") else where)
         elif value is None:
             continue  # not given
         elif item.name in _AT_LEAST_ONE and value < 1:
@@ -32,13 +32,15 @@ def check(config: Any, where: str = "") -> None:
             raise ConfigError(f"--{name} must not be negative, but is {value}")
         elif type(value) is float and value <= 0:
             raise ConfigError(f"--{name} must be positive, not {value}")
+    if isinstance(config, Timeouts):
+        _check_timeouts(config)
+    if isinstance(config, TlsConfig) and (config.certificate is None) != (config.key is None):
+        raise ConfigError("--tls.certificate and --tls.key go together")
     if isinstance(config, EngineConfig) and config.pipeline_parallel != 1:
         raise ConfigError(
             f"--pipeline-parallel {config.pipeline_parallel}: pipeline parallel is not supported; "
             "--tensor-parallel spreads the heads of every layer over processes"
         )
-    if isinstance(config, Timeouts):
-        _check_timeouts(config)
 
 
 def _check_timeouts(config: Timeouts) -> None:

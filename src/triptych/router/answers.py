@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -101,6 +101,18 @@ class Completion(msgspec.Struct, frozen=True):
     model: str
     choices: tuple[Choice, ...]
     usage: Usage
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "triptych"
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    data: tuple[ModelCard, ...]
+    object: Literal["list"] = "list"
 
 
 def completion_id(request_id: str) -> str:

@@ -9,9 +9,10 @@ import os
 import secrets as random
 from contextlib import suppress
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -19,9 +20,11 @@ from triptych import wire
 from triptych.config import RouterConfig, Secrets
 from triptych.errors import Unauthorized, UnknownModel
 from triptych.observe import exposition
+from triptych.router.answers import ModelCard, ModelList
 from triptych.router.chat import ChatEndpoint, error_response
 from triptych.router.inbox import Inboxes
 from triptych.router.membership import Membership
+from triptych.router.openapi import document, page
 from triptych.router.operating import Operating
 from triptych.router.pipeline import Pipeline
 from triptych.router.prompt import Prompter
@@ -31,6 +34,8 @@ from triptych.transfer.channel import Channel, Sessions
 from triptych.transfer.handshake import Listener
 
 logger = logging.getLogger(__name__)
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+"""The page of ``/docs`` runs nothing and loads nothing."""
 CHAT = "/v1/chat/completions"
 
 
@@ -67,6 +72,7 @@ class Router:
             on_message=self._on_message,
             on_lost=self.membership.lost,
         )
+        self._document = document()
         chat = _Guarded(self.chat, secrets)
         others = Starlette(
             routes=[
@@ -74,6 +80,8 @@ class Router:
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._models),
                 Route("/v1/requests/{request_id}/timeline", self._timeline),
+                Route("/openapi.json", self._openapi),
+                Route("/docs", self._docs),
                 Route("/health", self._health),
                 *Operating(config, secrets, self.membership).routes,
                 Route("/metrics", self._metrics),
@@ -118,15 +126,15 @@ class Router:
             authorize(request, self._secrets)
         except Unauthorized as error:
             return error_response(error)
-        model = {"id": self._served_name, "object": "model", "created": 0, "owned_by": "triptych"}
+        model = ModelCard(self._served_name)
         name = request.path_params.get("name")
         if name is None:
-            return JSONResponse({"object": "list", "data": [model]})
+            return JSONResponse(msgspec.to_builtins(ModelList((model,))))
         try:
             self.chat.check_model(name)
         except UnknownModel as error:
             return error_response(error)
-        return JSONResponse(model)
+        return JSONResponse(msgspec.to_builtins(model))
 
     async def _timeline(self, request: Request) -> Response:
         try:
@@ -139,6 +147,12 @@ class Router:
         if found is None:
             return JSONResponse({"error": f"no request {request_id} is remembered"}, 404)
         return JSONResponse(found)
+
+    async def _openapi(self, request: Request) -> Response:
+        return JSONResponse(self._document)
+
+    async def _docs(self, request: Request) -> Response:
+        return HTMLResponse(page(self._document), headers={"content-security-policy": PAGE_POLICY})
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", "role": "router", "pid": os.getpid()})

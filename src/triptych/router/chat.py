@@ -35,6 +35,10 @@ from triptych.router.timelines import Timelines
 logger = logging.getLogger(__name__)
 BODY_S = 60.0
 """A client that takes longer for the next part of its body has gone."""
+PART_NBYTES = 1 << 14
+"""Of a body: from here on a part waits for its turn to be read."""
+PARTS_AT_ONCE = 2
+"""Read in one turn of the loop, of all bodies together; reading from the others pauses."""
 SEND_S = 60.0
 """So has one that takes nothing of its answer for this long."""
 TIMEOUT_HEADER = "X-Request-Timeout"
@@ -60,6 +64,7 @@ class ChatEndpoint:
         self._admission = Admission(config.max_requests, config.max_held_mib * MIB)
         self.running = 0
         self.draining = False
+        self._turns = asyncio.Semaphore(PARTS_AT_ONCE)
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -138,7 +143,12 @@ class ChatEndpoint:
             if size > limit:
                 raise BadRequest(f"the body is larger than {self._config.max_body_mib} MiB")
             place.hold(len(part), time.monotonic())
-            body.feed(part)
+            if len(part) < PART_NBYTES:
+                body.feed(part)
+            else:
+                async with self._turns:
+                    body.feed(part)
+                    await asyncio.sleep(0)  # and the next of them in the next turn of the loop
             more = message.get("more_body", False)
         return body
 

@@ -18,7 +18,7 @@ KEEP_ALIVE_S = 4.0
 """Idle connections are closed before the worker's server closes them (5 s)."""
 SLICE_NBYTES = 1 << 16
 """Of a body that are written at once: other requests go on between them."""
-SLICES_AT_ONCE = 4
+SLICES_AT_ONCE = 2
 """Written in one turn of the loop, by all connections together."""
 MAX_ANSWER = 64 << 20
 """Bytes of the longest answer."""

@@ -7,7 +7,6 @@ that would change the answer is ignored.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -72,6 +71,10 @@ class StreamOptions(Strict, frozen=True):
     include_obfuscation: Literal[False] | None = None
 
 
+Stop = Annotated[str, Meta(extra_json_schema={"minLength": 1})]
+"""Checked with a message of its own."""
+
+
 class ChatRequest(Strict, frozen=True):
     """``POST /v1/chat/completions``. ``parse`` is the only way to make one from outside."""
 
@@ -87,7 +90,7 @@ class ChatRequest(Strict, frozen=True):
     """Not OpenAI's. 0 and -1: all."""
     seed: Annotated[int, Meta(ge=-(1 << SEED_BITS), le=(1 << SEED_BITS) - 1)] | None = None
     n: Annotated[int, Meta(ge=1)] | None = None
-    stop: str | Annotated[list[str], Meta(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     timeout: Annotated[float, Meta(gt=0)] | None = None
@@ -198,41 +201,33 @@ _PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$(?P<path>.*)`)?$", re.DOTALL)
 _NAMED = re.compile(r"(?:unknown|missing required) field `([^`]*)`")
 
 
-def _always(value: Any) -> bool:
-    return False
-
-
-def _is_one_of(*neutral: Any) -> Callable[[Any], bool]:
-    return lambda value: any(value == one and type(value) is type(one) for one in neutral)
-
-
-_NEUTRAL: dict[str, Callable[[Any], bool]] = {
-    "tools": _is_one_of([]),
-    "tool_choice": _is_one_of("none", "auto"),
-    "parallel_tool_calls": _is_one_of(True, False),
-    "functions": _is_one_of([]),
-    "function_call": _is_one_of("none", "auto"),
-    "response_format": _is_one_of({"type": "text"}),
-    "modalities": _is_one_of(["text"]),
-    "audio": _always,
-    "logit_bias": _is_one_of({}),
-    "presence_penalty": _is_one_of(0, 0.0),
-    "frequency_penalty": _is_one_of(0, 0.0),
-    "prediction": _always,
-    "reasoning_effort": _is_one_of("none"),
-    "verbosity": _is_one_of("medium"),
-    "web_search_options": _always,
-    "service_tier": _is_one_of("auto", "default"),
-    "store": _is_one_of(False),
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "logit_bias": ({},),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
 }
 """OpenAI's fields that are not supported, with the values that ask for nothing."""
-_NEUTRAL_IN_MESSAGE: dict[str, Callable[[Any], bool]] = {
-    "refusal": _always,
-    "annotations": _is_one_of([]),
-    "audio": _always,
-    "tool_calls": _is_one_of([]),
-    "tool_call_id": _always,
-    "function_call": _always,
+NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "refusal": (),
+    "annotations": ([],),
+    "audio": (),
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
 }
 
 
@@ -244,10 +239,10 @@ def parse(body: bytes) -> ChatRequest:
         raise _invalid(str(exc)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise BadRequest(f"the body is not JSON: {exc}") from None
-    _refuse_unsupported(request, _NEUTRAL, "")
+    _refuse_unsupported(request, NEUTRAL, "")
     for index, message in enumerate(request.messages):
         where = f"messages[{index}]"
-        _refuse_unsupported(message, _NEUTRAL_IN_MESSAGE, f"{where}.")
+        _refuse_unsupported(message, NEUTRAL_IN_MESSAGE, f"{where}.")
         if message.content is None and message.role != "assistant":
             raise BadRequest(f"{where}.content is missing", param=f"{where}.content")
     _check_together(request)
@@ -266,14 +261,13 @@ def _check_together(request: ChatRequest) -> None:
         raise BadRequest("max_tokens and max_completion_tokens disagree", param="max_tokens")
 
 
-def _refuse_unsupported(
-    struct: Strict, table: dict[str, Callable[[Any], bool]], prefix: str
-) -> None:
-    for name, is_neutral in table.items():
+def _refuse_unsupported(struct: Strict, table: dict[str, tuple[Any, ...]], prefix: str) -> None:
+    for name, neutral in table.items():
         value = getattr(struct, name)
-        if value is not None and not is_neutral(value):
-            shown = msgspec.json.encode(value)[:80].decode(errors="replace")
-            raise BadRequest(f"{prefix}{name} = {shown} is not supported", param=prefix + name)
+        if value is None or any(value == one and type(value) is type(one) for one in neutral):
+            continue
+        shown = msgspec.json.encode(value)[:80].decode(errors="replace")
+        raise BadRequest(f"{prefix}{name} = {shown} is not supported", param=prefix + name)
 
 
 def _invalid(message: str) -> BadRequest:
@@ -291,19 +285,31 @@ def _invalid(message: str) -> BadRequest:
 # ------------------------------------------------------------------ errors
 
 
+FaultType = Literal[
+    "authentication_error", "invalid_request_error", "rate_limit_error", "server_error"
+]
+
+
+class Fault(msgspec.Struct, frozen=True):
+    message: str
+    type: FaultType
+    param: str | None
+    """Path of the field at fault."""
+    code: str
+
+
+class ErrorAnswer(msgspec.Struct, frozen=True):
+    error: Fault
+
+
 def error_body(error: TriptychError) -> dict[str, Any]:
-    """``{"error": {message, type, param, code}}``."""
+    """An ``ErrorAnswer`` as JSON knows it."""
+    kind: FaultType
     if isinstance(error, Unauthorized):
         kind = "authentication_error"
     elif isinstance(error, ClientError):
         kind = "invalid_request_error"
     else:
         kind = "rate_limit_error" if isinstance(error, Overloaded) else "server_error"
-    return {
-        "error": {
-            "message": error.message,
-            "type": kind,
-            "param": error.param,
-            "code": error.code,
-        }
-    }
+    fault = Fault(error.message, kind, error.param, error.code)
+    return dict(msgspec.to_builtins(ErrorAnswer(fault)))

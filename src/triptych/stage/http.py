@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from triptych import wire
-from triptych.config import Secrets
+from triptych.config import Secrets, TlsConfig
 from triptych.errors import BadRequest, ConfigError, Overloaded, TriptychError, Unauthorized
 from triptych.observe.metrics import rpc_seconds
 from triptych.transfer.channel import Channel, Sessions
@@ -131,7 +131,13 @@ class SmallReads(asyncio.BufferedProtocol):
 class HttpServer(uvicorn.Server):
     """uvicorn on a socket of ours; signals are the process's business, not the server's."""
 
-    def __init__(self, app: ASGIApp, sock: socket.socket, drain_s: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        sock: socket.socket,
+        drain_s: float,
+        tls: TlsConfig = TlsConfig(),  # noqa: B008 (frozen)
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -146,6 +152,8 @@ class HttpServer(uvicorn.Server):
                 server_header=False,
                 backlog=1024,
                 timeout_keep_alive=KEEP_ALIVE_S,
+                ssl_certfile=tls.certificate,
+                ssl_keyfile=tls.key,
                 timeout_graceful_shutdown=max(1, round(drain_s)),
             )
         )
