@@ -271,8 +271,7 @@ class PrefillRequest(Message, frozen=True, tag="prefill"):
     items: tuple[PrefillItem, ...]
     sampling: Sampling
     resumed: tuple[int, ...] = ()
-    """The answer's tokens so far, when another worker made them and was lost: they are computed
-    with the prompt, and the next token has the index after theirs."""
+    """Tokens of the answer that a lost worker made: computed with the prompt, not made again."""
 
 
 class PrefillResponse(Message, frozen=True, tag="prefill_accepted"):
@@ -320,6 +319,7 @@ ChannelMessage = (
 )  # fmt: skip
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
 _channel = msgspec.msgpack.Decoder(ChannelMessage)
 _frame = msgspec.msgpack.Decoder(list[ChannelMessage])
@@ -341,17 +341,23 @@ def unpack(frame: bytes) -> list[ChannelMessage]:
     """Raises msgspec.DecodeError or ValidationError on bytes that are not known messages."""
     if len(frame) > MAX_FRAME:
         raise msgspec.DecodeError(f"frame of {len(frame)} bytes, the limit is {MAX_FRAME}")
-    return _frame.decode(frame)
+    return read(_frame, frame)
 
 
 def decode_channel(message: bytes) -> ChannelMessage:
     """One message, as in the handshake. Raises as ``unpack``."""
-    return _channel.decode(message)  # type: ignore[no-any-return]
+    return read(_channel, message)  # type: ignore[no-any-return]
 
 
 def decode(body: bytes, kind: type[M]) -> M:
     """Raises msgspec.DecodeError or ValidationError on bytes that are not a ``kind``."""
-    decoder = _decoders.get(kind)
-    if decoder is None:
-        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
-    return decoder.decode(body)  # type: ignore[return-value]
+    decoder = _decoders.get(kind) or _decoders.setdefault(kind, msgspec.msgpack.Decoder(kind))
+    return read(decoder, body)  # type: ignore[return-value]
+
+
+def read(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
+    """As ``decoder.decode``, whose other errors become msgspec.DecodeError."""
+    try:
+        return decoder.decode(data)
+    except (UnicodeDecodeError, RecursionError) as exc:
+        raise msgspec.DecodeError(str(exc)) from exc

@@ -51,6 +51,9 @@ class _Versioned(msgspec.Struct):
     version: int
 
 
+_versioned = msgspec.msgpack.Decoder(_Versioned)
+
+
 async def dial(
     url: str,
     hello: Callable[[], wire.Hello],
@@ -244,7 +247,7 @@ async def _receive(socket: Socket) -> bytes:
 
 
 def _check_version(frame: bytes) -> None:
-    theirs = msgspec.msgpack.decode(frame, type=_Versioned).version
+    theirs = wire.read(_versioned, frame).version
     if theirs != wire.VERSION:
         raise PeerRefused(f"the peer speaks version {theirs}, this is version {wire.VERSION}")
 
