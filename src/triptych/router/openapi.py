@@ -13,6 +13,8 @@ from triptych.router.openai import NEUTRAL, NEUTRAL_IN_MESSAGE, ChatRequest, Err
 
 _REF = "#/components/schemas/{name}"
 _SHOWN = (ChatRequest, Completion, Chunk, ErrorAnswer, ModelCard, ModelList)
+_KEY: list[dict[str, list[str]]] = [{}, {"key": []}]
+"""The API key, or nothing where none is set."""
 _TOGETHER = (
     "Besides what the schema says: content may be left out in messages of the assistant alone; "
     "top_logprobs needs logprobs, and stream_options needs stream, to be true; max_tokens and "
@@ -35,58 +37,25 @@ def document() -> dict[str, Any]:
     schemas["ChatRequest"]["description"] = _TOGETHER
     _only_neutral(schemas["ChatRequest"], NEUTRAL)
     _only_neutral(schemas["ChatMessage"], NEUTRAL_IN_MESSAGE)
-    key: list[dict[str, list[str]]] = [{}, {"key": []}]
     faults = {str(status): _json(text, error) for status, text in _STATUSES.items()}
-    answer = _json("The answer; with stream, its events.", completion)
-    answer["content"]["text/event-stream"] = {"schema": chunk}
-    timeout = {
-        "name": "X-Request-Timeout",
-        "in": "header",
-        "description": "Seconds for the whole request, as the field timeout.",
-        "schema": {"type": "number", "exclusiveMinimum": 0},
-    }
     return {
         "openapi": "3.1.0",
         "info": {"title": "Triptych", "version": __version__},
         "paths": {
-            "/v1/chat/completions": {
-                "post": {
-                    "summary": "Answer a conversation with images and videos.",
-                    "security": key,
-                    "parameters": [timeout],
-                    "requestBody": {
-                        "required": True,
-                        "content": {"application/json": {"schema": chat}},
-                    },
-                    "responses": {"200": answer, **faults},
-                }
-            },
-            "/v1/models": {
-                "get": {
-                    "summary": "The model served here.",
-                    "security": key,
-                    "responses": {"200": _json("One model.", models), "401": faults["401"]},
-                }
-            },
-            "/v1/models/{name}": {
-                "get": {
-                    "summary": "That model, if it is the one.",
-                    "security": key,
-                    "parameters": [_in_path("name")],
-                    "responses": {
-                        "200": _json("It is.", model),
-                        **{status: faults[status] for status in ("401", "404")},
-                    },
-                }
-            },
-            "/v1/requests/{id}/timeline": {
-                "get": {
-                    "summary": "What every role did for a request.",
-                    "security": key,
-                    "parameters": [_in_path("id")],
-                    "responses": {"200": _json("Its spans.", {"type": "object"})},
-                }
-            },
+            "/v1/chat/completions": {"post": _chat(chat, completion, chunk, faults)},
+            "/v1/models": _get(
+                "The model served here.", {"200": _json("One model.", models), "401": faults["401"]}
+            ),
+            "/v1/models/{name}": _get(
+                "That model, if it is the one.",
+                {"200": _json("It is.", model), "401": faults["401"], "404": faults["404"]},
+                "name",
+            ),
+            "/v1/requests/{id}/timeline": _get(
+                "What every role did for a request.",
+                {"200": _json("Its spans.", {"type": "object"}), "401": faults["401"]},
+                "id",
+            ),
             "/health": _plain("The process is there.", "application/json"),
             "/ready": _plain(
                 "200 while the topology asked for is in effect, else 503 and why.",
@@ -99,6 +68,32 @@ def document() -> dict[str, Any]:
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+def _chat(
+    chat: dict[str, Any], completion: dict[str, Any], chunk: dict[str, Any], faults: dict[str, Any]
+) -> dict[str, Any]:
+    answer = _json("The answer; with stream, its events.", completion)
+    answer["content"]["text/event-stream"] = {"schema": chunk}
+    timeout = {
+        "name": "X-Request-Timeout",
+        "in": "header",
+        "description": "Seconds for the whole request, as the field timeout.",
+        "schema": {"type": "number", "exclusiveMinimum": 0},
+    }
+    return {
+        "summary": "Answer a conversation with images and videos.",
+        "security": _KEY,
+        "parameters": [timeout],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": chat}}},
+        "responses": {"200": answer, **faults},
+    }
+
+
+def _get(summary: str, responses: dict[str, Any], in_path: str | None = None) -> dict[str, Any]:
+    parameters = [_in_path(in_path)] if in_path else []
+    what = {"summary": summary, "security": _KEY, "responses": responses}
+    return {"get": {**what, "parameters": parameters}}
 
 
 def _only_neutral(schema: dict[str, Any], table: dict[str, tuple[Any, ...]]) -> None:
