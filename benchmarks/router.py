@@ -39,6 +39,8 @@ from triptych.demo.tiny import make_tiny_model
 from triptych.router.prompt import Prompter
 
 STREAMS = 256
+RAMP = 16
+"""Streams that begin together."""
 STEP_S = 0.04
 """Of the streams: what a decode step of a large batch takes."""
 STEPS = 60
@@ -140,12 +142,26 @@ async def streams(at: RouterProcess, prepared: Iterator[list[bytes]]) -> float:
     decode = at.worker("decode")
     usual, decode.step_s = decode.step_s, STEP_S
     clients = [await Client.connect(at.port) for _ in range(STREAMS)]
-    asking = [asyncio.create_task(c.ask(body("go on", LONG))) for c in clients]
+    asking: list[asyncio.Task[bytes]] = []
+
+    async def until(wanted: Callable[[], bool]) -> None:
+        while not wanted():
+            for task in asking:
+                if task.done():
+                    task.result()
+                    raise RuntimeError("an answer ended early")
+            await asyncio.sleep(STEP_S / 4)
+
+    for start in range(0, STREAMS, RAMP):  # not all at once: their beginnings are not measured
+        asking += (
+            asyncio.create_task(client.ask(body("go on", LONG)))
+            for client in clients[start : start + RAMP]
+        )
+        await until(lambda n=len(asking): decode.n_running >= n)
 
     async def full_steps(n: int) -> None:
         begin = len(decode.steps)
-        while len(decode.steps) < begin + n or decode.steps[-n:] != [STREAMS] * n:  # noqa: ASYNC110
-            await asyncio.sleep(STEP_S / 4)
+        await until(lambda: len(decode.steps) >= begin + n and decode.steps[-n:] == [STREAMS] * n)
 
     await full_steps(WARM_STEPS)
     first, before = len(decode.steps), at.cpu_s()

@@ -46,6 +46,10 @@ class SteppingWorker(StubWorker):
     steps: list[int] = field(default_factory=list)
     """Number of tokens of each step."""
 
+    @property
+    def n_running(self) -> int:
+        return len(self._left)
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[StubWorker]:
         self._left: dict[str, list[TokenEvent]] = {}
