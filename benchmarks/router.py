@@ -170,6 +170,8 @@ async def streams(at: RouterProcess, prepared: Iterator[list[bytes]]) -> float:
     for client in clients:
         client.close()
     await asyncio.gather(*asking, return_exceptions=True)
+    while decode.n_running:  # noqa: ASYNC110
+        await asyncio.sleep(STEP_S)
     decode.step_s = usual
     return 1e6 * spent / (n_steps * STREAMS)
 
@@ -191,7 +193,10 @@ async def measure(config: Config, model: Path) -> list[Figure]:
     async with router(model, said) as at:
         await closed_loop(at, [body("warm up", 8)] * 100, 8)
         for name, unit, wanted, load in LOADS:
-            values = [await load(at, prepared) for _ in range(config.repeats)]
+            values: list[float] = []
+            for _ in range(config.repeats):
+                values.append(await load(at, prepared))
+                console.print(f"{name}: {values[-1]:.2f} {unit}")
             figures.append(Figure(name, unit, wanted, values))
     return figures
 
