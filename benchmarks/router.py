@@ -157,7 +157,7 @@ async def streams(at: RouterProcess, prepared: Iterator[list[bytes]]) -> float:
             asyncio.create_task(client.ask(body("go on", LONG)))
             for client in clients[start : start + RAMP]
         )
-        await until(lambda: decode.n_running >= len(asking))
+        await until(lambda: decode.n_running >= len(asking))  # noqa: B023
 
     async def full_steps(n: int) -> None:
         begin = len(decode.steps)
