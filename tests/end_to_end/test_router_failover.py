@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
 import pytest
 
-from tests.end_to_end.routing import SAID, Deployment, all_idle, deploy, epd, with_images
+from tests.end_to_end.routing import SAID, Deployment, all_idle, deploy, epd, until, with_images
 from tests.end_to_end.stub_workers import StubWorker
 from triptych import wire
 from triptych.config import ModelConfig
@@ -99,6 +100,24 @@ async def test_losing_worker_after_worker_ends_by_name_unless_the_answer_goes_on
     async with deploy(prompter, *workers) as d:
         with pytest.raises(openai.APIError, match="on purpose"):
             await d.ask()
+
+
+async def test_workers_that_die_one_after_the_other_cost_no_request(prompter: Prompter) -> None:
+    """Before its first token, four times; more than a worker that lives may fail it."""
+    dying = [StubWorker("decode", n) for n in range(4)]
+    for worker in dying:
+        worker.hold = asyncio.Event()
+    workers = [StubWorker("encoder"), StubWorker("prefill"), *dying, StubWorker("decode", 9)]
+    async with deploy(prompter, *workers) as d:
+        asking = asyncio.create_task(d.ask())
+        for worker in dying:
+            await until(lambda: bool(worker.calls))  # noqa: B023
+            await worker.channel.close()
+        assert (await asking).choices[0].message.content == SAID
+        for worker in dying:
+            assert worker.hold is not None
+            worker.hold.set()
+        assert all_idle(d)
 
 
 class Fetches:

@@ -56,6 +56,8 @@ class WorkerClient:
                 finally:
                     worker.waits.discard(wait)
         except TimeoutError as exc:
+            if not worker.channel.is_open:
+                raise WorkerLost(f"{worker.worker_id} was lost before it answered {path}") from exc
             raise WorkerLost(f"{worker.worker_id} did not answer {path} in {limit:g} s") from exc
         except (BadAnswer, OSError) as exc:
             raise WorkerLost(

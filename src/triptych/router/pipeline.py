@@ -36,6 +36,9 @@ from triptych.router.timelines import Timelines
 
 RETRIES = 2
 """More tries that a request gets on other workers; the count begins anew with every token."""
+LOSSES = 6
+"""More tries in all, those included, while its workers die or vanish: that is seldom the doing of
+the request, but it might be."""
 ENCODINGS = 8
 """More tries that it gets because embeddings were let go that had to be read again, likewise."""
 
@@ -251,7 +254,7 @@ class Pipeline:
         call.failures += 1
         if (
             not failure.error.retryable
-            or call.failures > RETRIES
+            or call.failures > (RETRIES if worker.channel.is_open else LOSSES)
             or not attempt.may_be_replaced(worker, call.avoided)
         ):
             raise failure.error
