@@ -1,0 +1,169 @@
+"""Requests while workers are killed at random: none may be lost or wrong, nothing may be left.
+
+    python benchmarks/failover.py --requests 1000 --every 3
+
+Starts a router and two workers of each role of E/P/D as processes of their own, asks every kind of
+request once while nothing goes wrong, then all of them, a few at a time, while every few seconds
+a random worker gets SIGKILL and a successor. An answer is wrong if one of its tokens is not the one
+that the same request had before. At the end the workers' metrics must show nothing that is held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.end_to_end.reference import question
+from tests.fault.deployed import Deployed, metrics
+from tests.fault.forks import Forks
+
+from triptych.demo.tiny import make_tiny_model
+
+ROLES = ("encoder", "prefill", "decode")
+LEAST_ALIVE = 1
+"""Of a role, that are registered and left alive: with none the requests would end by name."""
+
+
+@dataclass
+class Outcome:
+    requests: int = 0
+    seconds: float = 0.0
+    answered: int = 0
+    lost: int = 0
+    """Ended by an error, named or not."""
+    wrong: int = 0
+    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
+    retries: dict[str, int] = field(default_factory=dict)
+    held: dict[str, float] = field(default_factory=dict)
+    """At the end."""
+    settled_s: float = 0.0
+    """Until nothing was held any more."""
+    errors: list[str] = field(default_factory=list)
+
+
+class Kinds:
+    """Requests that differ in images, length, sampling and number of answers."""
+
+    def __init__(self, model: Path, count: int) -> None:
+        self._model, self.count = model, count
+        self.expected: list[list[list[str]]] = []
+
+    async def ask(self, client: openai.AsyncOpenAI, number: int) -> list[list[str]]:
+        """The tokens of each answer."""
+        kind = number % self.count
+        images = list(range(kind, kind + kind % 4))
+        answer: Any = await client.chat.completions.create(
+            model=str(self._model),
+            messages=question(images, f"What of {kind}?"),  # type: ignore[arg-type]
+            max_tokens=(4, 8, 16, 32)[kind % 4],
+            temperature=0.0 if kind % 2 else 0.9,
+            seed=kind,
+            n=3 if kind % 7 == 6 else 1,
+            logprobs=True,
+            extra_body={"ignore_eos": True},
+        )
+        return [[token.token for token in choice.logprobs.content] for choice in answer.choices]
+
+
+async def load(
+    deployed: Deployed, kinds: Kinds, options: argparse.Namespace, outcome: Outcome
+) -> None:
+    numbers = iter(range(options.requests))
+    until = time.monotonic() + 60 * options.minutes
+
+    async def one_after_another(client: openai.AsyncOpenAI) -> None:
+        for number in numbers:
+            if time.monotonic() > until:
+                return
+            outcome.requests += 1
+            try:
+                found = await kinds.ask(client, number)
+            except openai.OpenAIError as error:
+                outcome.lost += 1
+                outcome.errors.append(f"request {number}: {error}")
+                continue
+            outcome.answered += 1
+            if outcome.answered % 50 == 0:
+                print(f"{outcome.answered} answered, {outcome.kills}", file=sys.stderr, flush=True)
+            if found != kinds.expected[number % kinds.count]:
+                outcome.wrong += 1
+                outcome.errors.append(f"request {number}: other tokens")
+
+    async with client_of(deployed) as client:
+        await asyncio.gather(*(one_after_another(client) for _ in range(options.concurrency)))
+
+
+def client_of(deployed: Deployed) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(
+        base_url=f"{deployed.url}/v1", api_key="-", max_retries=0, timeout=300
+    )
+
+
+async def kill(deployed: Deployed, every_s: float, draw: random.Random, outcome: Outcome) -> None:
+    while True:
+        await asyncio.sleep(draw.uniform(0.5, 1.5) * every_s)
+        role = draw.choice(ROLES)
+        members = await asyncio.to_thread(deployed.members)
+        serving = " ".join(member["id"] for member in members if member["role"] == role)
+        found = [w for w in deployed.alive(role) if f"-{w.process.pid}-" in serving]
+        if len(found) > LEAST_ALIVE:
+            draw.choice(found).process.kill()
+            outcome.kills[role] += 1
+            await asyncio.to_thread(deployed.start, role)
+
+
+def retries(deployed: Deployed) -> dict[str, int]:
+    found = metrics(deployed.url)
+    return {role: int(found.get(f'triptych_retries_total{{role="{role}"}}', 0)) for role in ROLES}
+
+
+async def run(deployed: Deployed, options: argparse.Namespace) -> Outcome:
+    outcome, kinds = Outcome(), Kinds(deployed.model, options.kinds)
+    async with client_of(deployed) as client:
+        kinds.expected = [await kinds.ask(client, kind) for kind in range(options.kinds)]
+    began = time.monotonic()
+    draw = random.Random(options.seed)
+    killing = asyncio.create_task(kill(deployed, options.every, draw, outcome))
+    await load(deployed, kinds, options, outcome)
+    killing.cancel()
+    await asyncio.gather(killing, return_exceptions=True)
+    outcome.seconds = round(time.monotonic() - began, 1)
+    outcome.retries = retries(deployed)
+    try:
+        outcome.settled_s = round(await asyncio.to_thread(deployed.nothing_left), 2)
+    except AssertionError:
+        outcome.held = await asyncio.to_thread(deployed.held)
+    return outcome
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Requests while workers are killed at random.")
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=5.0, help="no new ones after these")
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--every", type=float, default=3.0, help="seconds between two kills, about")
+    parser.add_argument("--kinds", type=int, default=28, help="different requests")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, Forks() as forks:
+        model = make_tiny_model(Path(folder) / "qwen3_vl", "qwen3_vl")
+        with Deployed(forks, model, dict.fromkeys(ROLES, 2), Path(folder)) as deployed:
+            outcome = asyncio.run(run(deployed, options))
+            print(json.dumps(asdict(outcome), indent=1), flush=True)
+    return 1 if outcome.lost or outcome.wrong or outcome.held else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
