@@ -20,7 +20,7 @@ from torch import Tensor
 from triptych.engine.attention import Attention
 from triptych.engine.runner import Prompt, Runner
 from triptych.engine.scheduler import Work
-from triptych.engine.sequence import Phase, Sequence
+from triptych.engine.sequence import Phase, Run, Sequence
 from triptych.models.language import LanguageModel
 from triptych.models.parallel import broadcast
 from triptych.models.stream import drain
@@ -84,6 +84,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     """Of that token, or what it would be."""
     blocks: tuple[int, ...] | None
     """None: those of the last step."""
+    runs: tuple[Run, ...]
 
 
 class Step(Command, frozen=True, tag="step"):
@@ -183,6 +184,7 @@ class LeadingRunner(Runner):
             sequence.output[-1] if sequence.output else -1,
             sequence.last_position,
             None if known else sequence.blocks,
+            () if work.is_decode else sequence.runs,
         )
 
 
@@ -249,6 +251,7 @@ class Follower:
             output=[part.token] if answered else [],
             next_position=part.position if answered else part.position + 1,
             blocks=self._blocks[part.request_id],
+            runs=part.runs,
         )
         return Work(sequence, part.start, part.stop)
 
