@@ -11,6 +11,7 @@ import ctypes
 import gc
 import importlib
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -26,6 +27,9 @@ LARGE_NBYTES = 32 << 20
 """Smaller allocations come from the heap; glibc takes no more here."""
 KEPT_NBYTES = 256 << 20
 """So much freed memory a heap keeps for the next who asks."""
+SWITCH_S = 0.0005
+"""So long may a thread keep Python's lock while another waits for it; Python's own 5 ms are what an
+event loop may be late by, once for every thread that computes in Python beside it."""
 
 
 class Server(Protocol):
@@ -48,6 +52,7 @@ def create(role: str, config: Any, secrets: Secrets) -> Server:
     gc.collect()
     gc.freeze()  # what is loaded lives as long as the process: no need to search it ever again
     gc.set_threshold(GC_OBJECTS, 20, 20)
+    sys.setswitchinterval(SWITCH_S)
     return made
 
 

@@ -153,7 +153,9 @@ class Prompter:
         bos = self._tokenizer.bos_token
         has_bos = bos is not None and text.startswith(bos)
         if self._backend is not None:
-            return list(self._backend.encode(text, add_special_tokens=not has_bos).ids)
+            # As a batch: by itself a text is encoded under Python's lock, and with offsets.
+            (found,) = self._backend.encode_batch_fast([text], add_special_tokens=not has_bos)
+            return list(found.ids)
         return list(self._tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
