@@ -28,6 +28,7 @@ from triptych.router.encoding import Encoding
 from triptych.router.files import Files
 from triptych.router.inbox import Inboxes, StageFailed
 from triptych.router.membership import Membership, Worker
+from triptych.router.offload import INLINE_CHARACTERS, offload
 from triptych.router.openai import DEFAULT_MAX_TOKENS, ChatRequest
 from triptych.router.placement import answering_roles
 from triptych.router.prefixes import prefixes
@@ -133,7 +134,13 @@ class Pipeline:
             limit = self._membership.longest(roles())
             max_tokens = self._max_tokens(call.chat, len(token_ids), limit)
             call.sampling = call.first_sampling(max_tokens, self._prompter.stop_ids)
-        begins = prefixes(token_ids, [item.meta for item in items], self._prompter.row_token_ids)
+        begins = await offload(
+            len(token_ids) <= INLINE_CHARACTERS,
+            prefixes,
+            token_ids,
+            [item.meta for item in items],
+            self._prompter.row_token_ids,
+        )
         prompt = Prompt(tuple(token_ids), call.sampling, tuple(call.tokens), tuple(begins))
         backlog = math.inf if call.placed else self._config.max_backlog
         attempt.place_prompt(roles(), prompt, call.avoided, backlog)

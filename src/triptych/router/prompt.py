@@ -123,7 +123,12 @@ class Prompter:
         runs = [length for _, lengths in shortened for length in lengths]
         texts = iter(shortened)
         short = self._markers.sub(lambda _: next(texts)[0], rendered)
-        ids = await offload(len(short) <= INLINE_CHARACTERS, self._encode, short)
+        inline = len(short) + sum(runs) <= INLINE_CHARACTERS
+        return await offload(inline, self._encode_runs, short, runs)
+
+    def _encode_runs(self, short: str, runs: Sequence[int]) -> list[int]:
+        """Token ids of ``short``, each token of a row as often as its run is long."""
+        ids = self._encode(short)
         if not runs:
             return ids
         rows = self.row_token_ids
