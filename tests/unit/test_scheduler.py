@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triptych.engine.block_manager import BlockManager
@@ -225,6 +225,7 @@ requests = st.tuples(
 )
 
 
+@settings(deadline=None)  # some have many turns
 @given(st.lists(requests, max_size=8), st.integers(1, 9), st.integers(1, 5))
 def test_everything_ends_within_the_limits(
     wanted: list[tuple[int, int, bool, int, int]], chunk: int, places: int

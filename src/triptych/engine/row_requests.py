@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from triptych.engine.sequence import Reservation, Rows, Sequence
+from triptych.engine.sequence import Phase, Reservation, Rows, Sequence
 
 Image = tuple[Sequence, int]
 """One of a sequence's, by index."""
@@ -83,6 +83,8 @@ class RowRequests:
     ) -> Iterator[Image]:
         ahead = self._ahead
         for sequence in running:
+            if sequence.phase is Phase.DECODE:
+                continue  # it has used all of its rows
             ahead -= max(0, sequence.n_prompt - sequence.computed)
             more = list(_ask(sequence))
             if more:

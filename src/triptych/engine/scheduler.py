@@ -287,11 +287,16 @@ class Scheduler:
 
     def _pass_by(self, work: tuple[Work, ...]) -> None:
         """Incomplete prompts see it go by."""
-        n_tokens = sum(w.stop - w.start for w in work if self._goes_first(w.sequence))
-        for entry in (*self.running, *self.queue):
-            if isinstance(entry, Reservation) or entry.phase is Phase.DECODE:
-                continue
-            if not self._goes_first(entry):
+        waiting = [
+            entry
+            for entry in (*self.running, *self.queue)
+            if isinstance(entry, Sequence)
+            and entry.phase is not Phase.DECODE
+            and not self._goes_first(entry)
+        ]
+        if waiting:
+            n_tokens = sum(w.stop - w.start for w in work if w.sequence not in waiting)
+            for entry in waiting:
                 entry.passed += n_tokens
 
     def _chunk(self, sequence: Sequence, budget: int, chunks: list[Work], *, preempts: bool) -> int:
