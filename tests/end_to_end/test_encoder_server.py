@@ -81,7 +81,7 @@ async def worker(folder: Path, **network: Any) -> AsyncIterator[Router]:
     config = EncoderConfig(
         ModelConfig(str(folder)),
         NetworkConfig(router=url, **network),
-        timeouts=FAST,
+        timeouts=replace(FAST, drain=0.2),  # this router never says that it is not needed
         pool_mib=1,
         threads=1,
     )
