@@ -66,7 +66,8 @@ def test_blocks_are_read_chunk_by_chunk_while_prefill_runs(
         *before, (count, last, is_last) = chunks
         assert is_last and before and not any(done for _, _, done in before)
         # In place, what follows from rows is lent once they are proven: some steps at once.
-        assert last <= CHUNK // 16 + 1 or transport == "shm"
+        most = (CHUNK - 2) // 16 + 2  # blocks that a chunk may touch
+        assert last <= most or transport == "shm"
         assert count == sum(pieces for _, pieces, _ in before)
         usage = prefill_usage(cluster)
         assert set(usage) == {"free", "cached"} and usage["cached"] == count + last - 1

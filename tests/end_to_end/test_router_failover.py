@@ -24,11 +24,27 @@ def prompter(tmp_path_factory: pytest.TempPathFactory) -> Prompter:
     return Prompter(ModelConfig(str(make_tiny_model(tmp_path_factory.mktemp("tiny")))))
 
 
+INLINE = with_images(b"1")
+ELSEWHERE = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "image_url", "image_url": {"url": "https://example.org/1.png"}},
+            {"type": "text", "text": "hm?"},
+        ],
+    }
+]
+
+
 async def lose_decode_after(
-    d: Deployment, n_chunks: int, *, encoders_forget: bool = False
+    d: Deployment,
+    n_chunks: int,
+    *,
+    encoders_forget: bool = False,
+    messages: list[dict[str, Any]] = INLINE,
 ) -> tuple[AsyncIterator[Any], list[Any], StubWorker]:
     """(the rest of the stream, its chunks so far, the worker that has died)."""
-    stream = await d.ask(stream=True, messages=with_images(b"1"), seed=5)
+    stream = await d.ask(stream=True, messages=messages, seed=5)
     seen = [await anext(stream) for _ in range(n_chunks)]
     victim = next(w for w in d.workers if w.role == "decode" and w.seen("/decode"))
     if encoders_forget:
@@ -141,7 +157,9 @@ async def test_bytes_are_fetched_again_only_for_an_encoder_that_has_not_the_embe
     workers = [*epd(), StubWorker("decode", 1)]
     workers[3].pause_s = workers[4].pause_s = 0.1
     async with deploy(prompter, *workers) as d:
-        stream, seen, _ = await lose_decode_after(d, 3, encoders_forget=forgotten)
+        stream, seen, _ = await lose_decode_after(
+            d, 3, encoders_forget=forgotten, messages=ELSEWHERE
+        )
         seen += [chunk async for chunk in stream]
         assert "".join(c.choices[0].delta.content or "" for c in seen) == SAID
         assert fetches.count == (2 if forgotten else 1)
@@ -154,7 +172,7 @@ async def test_a_file_that_has_changed_meanwhile_ends_the_stream_by_name(
     workers = [*epd(), StubWorker("decode", 1)]
     workers[3].pause_s = workers[4].pause_s = 0.1
     async with deploy(prompter, *workers) as d:
-        stream, _, _ = await lose_decode_after(d, 3, encoders_forget=True)
+        stream, _, _ = await lose_decode_after(d, 3, encoders_forget=True, messages=ELSEWHERE)
         with pytest.raises(openai.APIError, match="has changed since the request came"):
             async for _ in stream:
                 pass

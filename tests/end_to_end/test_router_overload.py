@@ -66,8 +66,8 @@ async def test_what_was_taken_on_is_not_refused_when_it_is_tried_elsewhere(
 
 async def test_bytes_beyond_the_bound_are_refused(prompter: Prompter) -> None:
     workers = e_pd(on_start=lambda worker, request_id: False)
-    async with deploy(prompter, *workers, max_held_mib=3) as d:
-        large = with_images(b"x" * (1 << 20))  # 1.33 MiB of body and 1 MiB decoded
+    async with deploy(prompter, *workers, max_held_mib=2) as d:
+        large = with_images(b"x" * (1 << 20))  # 1.33 MiB of body
         asking = [asyncio.create_task(d.ask(messages=large))]
         await until(lambda: bool(d.worker("language").calls))
         with pytest.raises(openai.RateLimitError, match="bytes are held"):
