@@ -41,7 +41,17 @@ TIMEOUTS = Timeouts(connect=1.5, lease=99.0)
         (
             "serve",
             ServeConfig(
-                MODEL, "EPD", 2, 3, 4, 5, "::1", 8, "shm", ENGINE, LANDING, 10, True, Path("/m")
+                MODEL,
+                "EPD",
+                *(2, 3, 4, 5),
+                host="::1",
+                port=8,
+                transport="shm",
+                engine=ENGINE,
+                landing=LANDING,
+                pool_mib=10,
+                allow_private_media=True,
+                allowed_media_root=Path("/m"),
             ),
         ),
         ("router", RouterConfig(MODEL, served_name="x y", allow_private_media=True)),
