@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import secrets
+import statistics
 import sys
 import time
 from contextlib import AsyncExitStack, suppress
@@ -28,6 +29,20 @@ IMAGE_NBYTES = 540_000
 """A 1920 x 1080 JPEG of a photograph. To a router its bytes are any bytes."""
 ROWS = 2040
 LATE_S = 0.005
+YARD_S = 0.0035
+"""What ``yardstick`` takes on a machine for which ``LATE_S`` is the limit. A slower one, or one
+that others slow down, is given so much more."""
+
+
+def yardstick() -> float:
+    """Seconds for a hundred thousand additions, the median of some."""
+    times = []
+    for _ in range(15):
+        begin, total = time.perf_counter(), 0
+        for number in range(100_000):
+            total += number
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
 
 
 def body() -> bytes:
@@ -52,7 +67,8 @@ async def answered(url: str) -> None:
 
 
 async def test_eight_images_at_concurrency_sixteen(tmp_path: Path) -> None:
-    """The loop is never late by more than 5 ms for what the router does itself.
+    """The loop is never late by more than 5 ms for what the router does itself, on a machine of
+    usual speed.
 
     A busy machine makes single rounds late for other reasons; what the code does to its loop, it
     does in every round. So the best of the rounds counts.
@@ -66,6 +82,7 @@ async def test_eight_images_at_concurrency_sixteen(tmp_path: Path) -> None:
         stdout=asyncio.subprocess.PIPE, limit=1 << 26,
     )  # fmt: skip
     rounds: list[tuple[float, float]] = []
+    yards = [yardstick()]
     try:
         await answered(f"{url}/health")
         async with AsyncExitStack() as stack:
@@ -92,6 +109,7 @@ async def test_eight_images_at_concurrency_sixteen(tmp_path: Path) -> None:
                 begin = time.monotonic()
                 await asyncio.gather(*map(ask, bodies))
                 rounds.append((begin, time.monotonic()))
+                yards.append(await asyncio.to_thread(yardstick))
             process.terminate()
             assert process.stdout is not None
             late = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))
@@ -100,4 +118,5 @@ async def test_eight_images_at_concurrency_sixteen(tmp_path: Path) -> None:
             process.kill()
         await process.wait()
     worst = [max(s for clock, s in late if begin <= clock <= end) for begin, end in rounds]
-    assert min(worst) <= LATE_S, [f"{1e3 * each:.1f} ms" for each in worst]
+    limit = LATE_S * max(1.0, statistics.median(yards) / YARD_S)
+    assert min(worst) <= limit, (limit, [f"{1e3 * each:.1f} ms" for each in worst])
