@@ -18,7 +18,7 @@ from triptych.demo.tiny import make_tiny_model
 from triptych.errors import NoRoom
 from triptych.router.prompt import Prompter
 
-POOL_S = 20.0
+POOL_S = 60.0
 """``timeouts.pool``: requests that wait for each other in a circle end by it."""
 
 
