@@ -12,7 +12,7 @@ help:
 	@echo 'make check      ruff, mypy --strict, import-linter, sizes'
 	@echo 'make test       the tests; make test-all adds the full matrices'
 	@echo 'make bench      what an idle role, /encode and the router cost; the same loads on several'
-	@echo '                topologies of a small model, in two minutes'
+	@echo '                topologies of a small model'
 	@echo 'make clean      remove the environment, logs and caches'
 
 setup:
