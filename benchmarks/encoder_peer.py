@@ -26,7 +26,8 @@ from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 
 from triptych import __version__, wire
-from triptych.config import EncoderConfig, Secrets, Timeouts, environment_of_children
+from triptych.config import EncoderConfig, Secrets, Timeouts
+from triptych.credentials import environment_of_children
 from triptych.errors import TriptychError
 from triptych.options import command_line
 from triptych.request import Span

@@ -68,7 +68,7 @@ class Config:
     """Tokens behind each of them."""
     steps: int = 40
     """Decode steps of each batch."""
-    chunk_tokens: int = 8192
+    chunk_tokens: int = 2048
     attention: Literal["auto", "flashinfer", "sdpa"] = "auto"
     compile: bool = True
     kv_mib: int = 0
@@ -274,6 +274,7 @@ def main() -> None:
         model = load_language(model_config)
         console.print(f"loaded in {time.perf_counter() - began:.1f} s")
         n_tokens = max(config.batches or (64,)) * ((config.context or 2048) + 256)
+        n_tokens = max(n_tokens, *config.prompts, 0) + 256
         kv_mib = config.kv_mib or (8 if config.device == "cpu" else -(-n_tokens * 57344 >> 20))
         engine_config = EngineConfig(
             kv_mib=abs(kv_mib),

@@ -29,8 +29,8 @@ from triptych.config import (
     ModelConfig,
     ServeConfig,
     TransportName,
-    secrets_from_environment,
 )
+from triptych.credentials import secrets_from_environment
 from triptych.demo.client import Answer, Client, request_body
 from triptych.demo.pictures import Picture, draw_pictures
 from triptych.demo.report import timeline_table, verdict

@@ -28,7 +28,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from triptych.config import EngineConfig, ModelConfig, ServeConfig, secrets_from_environment
+from triptych.config import EngineConfig, ModelConfig, ServeConfig
+from triptych.credentials import secrets_from_environment
 from triptych.demo.tiny import make_tiny_model
 from triptych.launch import Children
 

@@ -18,6 +18,7 @@ import uvloop
 from triptych import config as c
 from triptych import launch, options, single
 from triptych.bench import config as b
+from triptych.credentials import secrets_from_environment
 from triptych.errors import ConfigError, TriptychError, UnsupportedModel
 from triptych.eval.config import EvalConfig
 from triptych.observe import log
@@ -34,6 +35,7 @@ COMMANDS: dict[str, type[Any]] = {
     "prefill": c.PrefillConfig,
     "decode": c.DecodeConfig,
     "language": c.LanguageConfig,
+    "shared": c.SharedConfig,
     "demo": c.DemoConfig,
     "bench": b.BenchConfig,
     "eval": EvalConfig,
@@ -108,7 +110,7 @@ def run(config: Any) -> int:
         evaluation = importlib.import_module("triptych.eval.run")
         return int(asyncio.run(evaluation.run(config)))
     if isinstance(config, c.ServeConfig):
-        secrets = c.secrets_from_environment(make=True)
+        secrets = secrets_from_environment(make=True)
         if config.topology != "EPD":
             return asyncio.run(launch.serve(config, secrets))
         log.setup("EPD")
@@ -119,5 +121,7 @@ def run(config: Any) -> int:
     log.setup(role)
     network = config if isinstance(config, c.RouterConfig) else config.network
     launch.end_with_parent(network.parent_pipe)
-    uvloop.run(single.run_role(role, config, c.secrets_from_environment()))
+    secrets = secrets_from_environment()
+    shared = isinstance(config, c.SharedConfig)
+    uvloop.run(single.share(config, secrets) if shared else single.run_role(role, config, secrets))
     return 0

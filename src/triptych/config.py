@@ -6,16 +6,11 @@ The command line is derived from these fields (``cli.py``); environment variable
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-
-from triptych.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 TransportName = Literal["auto", "shm", "mooncake", "http"]
@@ -111,8 +106,9 @@ class EngineConfig:
     """MiB of KV cache; 0: what ``--memory-fraction`` of a GPU leaves."""
     block_size: int = 16
     """Tokens of a KV block."""
-    chunk_tokens: int = 512
-    """Most tokens of one step, prefill and decode together."""
+    chunk_tokens: int = 0
+    """Most tokens of one step, prefill and decode together. What runs or arrives meanwhile waits
+    for its end, so more is not better. 0: 512 on a CPU, 2048 on a GPU."""
     max_sequences: int = 64
     """Most sequences running at once."""
     max_model_len: int = 0
@@ -136,6 +132,10 @@ class EngineConfig:
     pipeline_parallel: int = 1
     """Refused if it is not 1: layers are not spread over processes, heads are
     (``--tensor-parallel``)."""
+
+    def step_tokens(self, device_type: str) -> int:
+        """``chunk_tokens`` on such a device."""
+        return self.chunk_tokens or (512 if device_type == "cpu" else 2048)
 
 
 @dataclass(frozen=True)
@@ -270,13 +270,57 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True)
+class SharedConfig:
+    """An encoder and a language worker in one process, which so share a GPU kernel by kernel: two
+    processes have it in turns."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelConfig]
+    network: tyro.conf.OmitArgPrefixes[NetworkConfig] = field(default_factory=NetworkConfig)
+    """``port`` is the encoder's; the language worker has the next one."""
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
+    landing: tyro.conf.OmitArgPrefixes[LandingConfig] = field(default_factory=LandingConfig)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    pool_mib: int = EncoderConfig.pool_mib
+    """As of ``encoder``. Likewise below."""
+    batch_patches: int = EncoderConfig.batch_patches
+    queue_patches: int = EncoderConfig.queue_patches
+    media_threads: int = EncoderConfig.media_threads
+
+    @property
+    def halves(self) -> dict[str, EncoderConfig | LanguageConfig]:
+        """What each of its workers is given, by role."""
+        following = self.network.port + 1 if self.network.port else 0
+        return {
+            "encoder": EncoderConfig(
+                self.model,
+                self.network,
+                self.limits,
+                self.timeouts,
+                self.pool_mib,
+                self.batch_patches,
+                self.queue_patches,
+                self.media_threads,
+                self.engine.threads,
+            ),
+            "language": LanguageConfig(
+                self.model,
+                replace(self.network, port=following),
+                self.engine,
+                self.landing,
+                self.timeouts,
+            ),
+        }
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """A whole topology on this machine."""
 
     model: tyro.conf.OmitArgPrefixes[ModelConfig]
-    topology: Literal["E/P/D", "E/PD", "EPD"] = "E/P/D"
-    """E/P/D: encoders, prefill and decode apart. E/PD: encoders and language workers.
-    EPD: everything in one process."""
+    topology: Literal["E/P/D", "E/PD", "E+PD", "EPD"] = "E/P/D"
+    """E/P/D: encoders, prefill and decode apart. E/PD: encoders and language workers. E+PD: the
+    same, each language worker with an encoder in its process. EPD: everything in one process."""
     encoders: int = 1
     """Encoder workers."""
     prefills: int = 1
@@ -284,7 +328,7 @@ class ServeConfig:
     decodes: int = 1
     """Decode workers of E/P/D."""
     languages: int = 1
-    """Language workers of E/PD."""
+    """Language workers of E/PD and E+PD."""
     host: str = "127.0.0.1"
     port: int = 8000
     tls: TlsConfig = field(default_factory=TlsConfig)
@@ -343,47 +387,3 @@ class Secrets:
     """What clients of the public API must send; None: nothing is asked."""
     operator_key: str | None = field(repr=False, default=None)
     """What whoever drains workers must send; None: nobody may by HTTP."""
-
-
-def secrets_from_environment(
-    environ: Mapping[str, str] | None = None, *, make: bool = False
-) -> Secrets:
-    """``TRIPTYCH_SECRET`` or the file ``TRIPTYCH_SECRET_FILE``; ``TRIPTYCH_API_KEY`` and
-    ``TRIPTYCH_OPERATOR_KEY`` likewise.
-
-    ``make``: with no shared secret given, make one (for children of this process).
-    Raises ConfigError when there is none, or one shorter than 16 bytes.
-    """
-    env = os.environ if environ is None else environ
-    shared = _secret(env, "TRIPTYCH_SECRET")
-    if shared is None and make:
-        shared = secrets.token_hex(32)
-    if shared is None:
-        raise ConfigError(
-            "no shared secret: set TRIPTYCH_SECRET or TRIPTYCH_SECRET_FILE "
-            "to the same value (16 bytes or more) for every role"
-        )
-    if len(shared.encode()) < 16:
-        raise ConfigError("the shared secret is shorter than 16 bytes")
-    return Secrets(
-        shared=shared.encode(),
-        api_key=_secret(env, "TRIPTYCH_API_KEY"),
-        operator_key=_secret(env, "TRIPTYCH_OPERATOR_KEY"),
-    )
-
-
-def environment_of_children(shared: Secrets) -> dict[str, str]:
-    """This process's environment, with the shared secret in it."""
-    return {**os.environ, "TRIPTYCH_SECRET": shared.shared.decode()}
-
-
-def _secret(env: Mapping[str, str], name: str) -> str | None:
-    if name in env:
-        return env[name]
-    path = env.get(f"{name}_FILE")
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except OSError as exc:
-        raise ConfigError(f"{name}_FILE: {exc}") from exc

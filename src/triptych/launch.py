@@ -10,39 +10,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import os
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import time
 from asyncio.subprocess import DEVNULL, STDOUT, Process
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import aiohttp
 from rich.console import Console
 
-from triptych.config import (
-    DecodeConfig,
-    EncoderConfig,
-    LanguageConfig,
-    NetworkConfig,
-    PrefillConfig,
-    RouterConfig,
-    Secrets,
-    ServeConfig,
-    Timeouts,
-    environment_of_children,
-)
+from triptych.config import Secrets, ServeConfig, Timeouts
+from triptych.credentials import environment_of_children
 from triptych.errors import ConfigError, DeadlineExceeded, WorkerLost
-from triptych.options import command_line
+from triptych.topology import Command, commands, router_url
 
 logger = logging.getLogger(__name__)
 
@@ -59,86 +47,6 @@ TAIL_LINES = 15
 """How much of a dead child's log is shown."""
 
 Say = Callable[[str], None]
-
-
-# ------------------------------------------------------------------ what to start
-
-
-@dataclass(frozen=True)
-class Command:
-    """One child: its name in messages and of its log, and the program with its arguments."""
-
-    name: str
-    argv: tuple[str, ...]
-
-
-def role_configs(config: ServeConfig) -> dict[str, list[Any]]:
-    """The configurations of every process of the topology, by role, router first."""
-    if config.topology == "EPD":
-        config = replace(config, encoders=1, languages=1)
-    router = RouterConfig(
-        model=config.model,
-        host=config.host,
-        port=config.port,
-        topology=config.topology,
-        encoders=config.encoders,
-        prefills=config.prefills,
-        decodes=config.decodes,
-        languages=config.languages,
-        tls=config.tls,
-        allowed_media_root=config.allowed_media_root,
-        allow_private_media=config.allow_private_media,
-        parent_pipe=config.parent_pipe,
-    )
-    network = NetworkConfig(
-        router=router_url(config), transport=config.transport, parent_pipe=config.parent_pipe
-    )
-    model, engine, landing = config.model, config.engine, config.landing
-    encoder = EncoderConfig(
-        model,
-        network,
-        pool_mib=config.pool_mib,
-        batch_patches=config.batch_patches,
-        media_threads=config.media_threads,
-        threads=engine.threads,
-    )
-    workers: dict[str, tuple[Any, Sequence[str], int]] = {
-        "encoder": (encoder, config.encoder_devices, config.encoders)
-    }
-    if config.topology == "E/P/D":
-        prefill = PrefillConfig(model, network, engine, landing)
-        workers["prefill"] = (prefill, config.prefill_devices, config.prefills)
-        decode = DecodeConfig(model, network, engine)
-        workers["decode"] = (decode, config.decode_devices, config.decodes)
-    else:
-        language = LanguageConfig(model, network, engine, landing)
-        workers["language"] = (language, config.language_devices, config.languages)
-    return {"router": [router]} | {role: _placed(*each) for role, each in workers.items()}
-
-
-def _placed(worker: Any, devices: Sequence[str], count: int) -> list[Any]:
-    """``count`` of ``worker``, on ``devices`` in turn; without any, where its model is."""
-    names = itertools.islice(itertools.cycle(devices or (worker.model.device,)), count)
-    return [replace(worker, model=replace(worker.model, device=name)) for name in names]
-
-
-def commands(config: ServeConfig) -> list[Command]:
-    """The children of a topology, router first. EPD is one child."""
-    program = (sys.executable, "-m", "triptych")
-    if config.topology == "EPD":
-        return [Command("epd", (*program, "serve", *command_line(config)))]
-    return [
-        Command(role if len(each) == 1 else f"{role}-{index}", (*program, role, *command_line(one)))
-        for role, each in role_configs(config).items()
-        for index, one in enumerate(each)
-    ]
-
-
-def router_url(config: ServeConfig) -> str:
-    """Where processes on this machine reach the router."""
-    host = "127.0.0.1" if config.host in ("0.0.0.0", "localhost") else config.host
-    host = "::1" if host == "::" else host
-    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
 
 
 def free_port(host: str) -> int:
@@ -168,9 +76,6 @@ def end_with_parent(pipe: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
-
-
-# ------------------------------------------------------------------ running it
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Roles inside this process: one of them, or the EPD topology's three on one event loop.
+"""Roles inside this process: one of them, two that share a device, or the EPD topology's three.
 
 The roles of EPD are the same code as everywhere else and talk over real sockets; what is saved
 is processes, not steps. That makes it the reference that the other topologies are compared with.
@@ -12,12 +12,11 @@ import gc
 import importlib
 import signal
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from triptych.config import Secrets, ServeConfig
-from triptych.launch import role_configs
+from triptych.config import Secrets, ServeConfig, SharedConfig
+from triptych.topology import role_configs
 
 GC_OBJECTS = 20_000
 """New objects between two looks of the collector; at Python's 700 it looks several times a request,
@@ -71,6 +70,15 @@ async def run_role(role: str, config: Any, secrets: Secrets) -> None:
     await create(role, config, secrets).serve()
 
 
+async def share(config: SharedConfig, secrets: Secrets) -> None:
+    """An encoder and a language worker on this loop until SIGTERM or SIGINT.
+
+    Raises what keeps one of them from starting, or ended it.
+    """
+    workers = [create(role, each, secrets) for role, each in config.halves.items()]
+    await _serve_until(_asked_to_end(), *workers)
+
+
 async def serve(config: ServeConfig, secrets: Secrets) -> None:
     """Router, encoder and language worker on this loop until SIGTERM or SIGINT.
 
@@ -83,16 +91,20 @@ async def serve(config: ServeConfig, secrets: Secrets) -> None:
         wanted = configs[role][0]
         network = replace(wanted.network, router=router.url)
         workers.append(create(role, replace(wanted, network=network), secrets))
+    await _serve_until(_asked_to_end(), router, *workers)
+
+
+def _asked_to_end() -> asyncio.Event:
+    """Set by SIGTERM or SIGINT."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop.set)
-    await _serve_until(stop, router, workers)
+    return stop
 
 
-async def _serve_until(stop: asyncio.Event, router: Server, workers: Sequence[Server]) -> None:
-    """All at once, until ``stop`` or until one ends; the router ends before its workers."""
-    servers = [router, *workers]
+async def _serve_until(stop: asyncio.Event, *servers: Server) -> None:
+    """All at once, until ``stop`` or until one ends; then they end in this order."""
     running = [asyncio.create_task(server.serve(handle_signals=False)) for server in servers]
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({stopping, *running}, return_when=asyncio.FIRST_COMPLETED)

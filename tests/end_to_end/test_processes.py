@@ -54,6 +54,7 @@ def test_killed_workers_come_back(model: tuple[Path, Reference]) -> None:
         ("E/P/D", ("--transport", "http", "--chunk-tokens", "24"), {"http"}),
         ("E/P/D", ("--transport", "mooncake"), {"mooncake"}),
         ("E/PD", (), {"shm"}),
+        ("E+PD", ("--languages", "2"), {"shm"}),
         ("EPD", (), {"shm"}),
     ],
 )

@@ -28,7 +28,7 @@ from triptych.bench.phases import Timeline
 from triptych.bench.serving import Row
 from triptych.config import ServeConfig
 from triptych.errors import ConfigError, TransferFailed
-from triptych.launch import role_configs
+from triptych.topology import role_configs
 
 GPUS = ("cuda:0", "cuda:1")
 CONFIG = BenchTopologiesConfig(devices=GPUS, shape="qwen2.5-vl-7b")
@@ -64,7 +64,8 @@ def shown(table: Table) -> str:
              {"encoder": ["cuda:1"], "language": ["cuda:1"]}],
         ),
         ("E/PD", GPUS, [{"encoder": ["cuda:0"], "language": ["cuda:1"]}]),
-        ("E+PD:mooncake", GPUS, [{"encoder": [*GPUS], "language": [*GPUS]}]),
+        ("beside:mooncake", GPUS, [{"encoder": [*GPUS], "language": [*GPUS]}]),
+        ("E+PD:mooncake", GPUS, [{"shared": [*GPUS]}]),
         (
             "E/P/D", GPUS,
             [{"encoder": ["cuda:0"], "prefill": ["cuda:1"], "decode": ["cuda:0"]}],
@@ -87,7 +88,7 @@ def test_where_the_roles_of_an_arrangement_are(
     assert [placed(server) for server in made.servers] == wanted
     _, _, transport = name.partition(":")
     assert {server.transport for server in made.servers} == {transport or "auto"}
-    topology = {"replicas": "EPD", "E/P/D": "E/P/D"}.get(name, "E/PD")
+    topology = {"replicas": "EPD", "E/P/D": "E/P/D", "E+PD:mooncake": "E+PD"}.get(name, "E/PD")
     assert {server.topology for server in made.servers} == {topology}
 
 

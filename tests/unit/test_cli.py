@@ -22,6 +22,7 @@ from triptych.config import (
     PrefillConfig,
     RouterConfig,
     ServeConfig,
+    SharedConfig,
     Timeouts,
 )
 from triptych.errors import TriptychError, UnsupportedModel, WorkerLost
@@ -62,6 +63,10 @@ TIMEOUTS = Timeouts(connect=1.5, lease=99.0)
         ("prefill", PrefillConfig(MODEL, NETWORK, ENGINE, LANDING, TIMEOUTS)),
         ("decode", DecodeConfig(MODEL, NETWORK, ENGINE, TIMEOUTS)),
         ("language", LanguageConfig(MODEL, NETWORK, ENGINE, LANDING, TIMEOUTS)),
+        (
+            "shared",
+            SharedConfig(MODEL, NETWORK, MediaLimits(4), ENGINE, LANDING, TIMEOUTS, *(7, 8, 9, 10)),
+        ),
     ],
 )
 def test_a_configuration_comes_back_from_its_command_line(command: str, config: Any) -> None:

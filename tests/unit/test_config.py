@@ -15,9 +15,8 @@ from triptych.config import (
     Secrets,
     ServeConfig,
     Timeouts,
-    environment_of_children,
-    secrets_from_environment,
 )
+from triptych.credentials import environment_of_children, secrets_from_environment
 from triptych.errors import ConfigError
 from triptych.options import check
 

@@ -19,7 +19,8 @@ import pytest
 from triptych import cli, launch
 from triptych.config import EngineConfig, ModelConfig, Secrets, ServeConfig
 from triptych.errors import ConfigError, DeadlineExceeded, WorkerLost
-from triptych.launch import Children, Command, commands, role_configs
+from triptych.launch import Children
+from triptych.topology import Command, commands, role_configs
 
 MODEL = ModelConfig("a/model")
 SECRETS = Secrets(b"0123456789abcdef")
@@ -125,6 +126,7 @@ def test_the_children_of_each_topology() -> None:
     assert names(ServeConfig(MODEL, "E/PD", languages=2)) == [
         "router", "encoder", "language-0", "language-1",
     ]  # fmt: skip
+    assert names(ServeConfig(MODEL, "E+PD", languages=2)) == ["router", "shared-0", "shared-1"]
     assert names(ServeConfig(MODEL, "EPD")) == ["epd"]
 
 
@@ -168,6 +170,12 @@ def test_workers_are_placed_on_the_devices_of_their_role_in_turn() -> None:
     assert {(each.batch_patches, each.media_threads) for each in made["encoder"]} == {(99, 5)}
     both = replace(config, topology="E/PD", languages=2, language_devices=("cuda:1", "cuda:0"))
     assert [each.model.device for each in role_configs(both)["language"]] == ["cuda:1", "cuda:0"]
+    router, *shared = sum(role_configs(replace(both, topology="E+PD")).values(), [])
+    assert (router.topology, router.encoders, router.languages) == ("E/PD", 2, 2)
+    assert [each.model.device for each in shared] == ["cuda:1", "cuda:0"]
+    halves = shared[0].halves
+    assert halves["encoder"] == replace(role_configs(both)["encoder"][0], model=shared[0].model)
+    assert halves["language"] == role_configs(both)["language"][0]
     whole = replace(config, topology="EPD", encoders=1)
     assert cli.parse(commands(whole)[0].argv[3:]) == whole
 

@@ -75,6 +75,65 @@ def test_a_long_prompt_is_cut_into_chunks_and_shares_steps_with_decodes() -> Non
     ]
 
 
+def test_short_prompts_have_half_of_a_step_and_the_oldest_the_rest() -> None:
+    owner = scheduler(chunk=10, sequences=9)
+    owner.add(prompt("long", 40))
+    run(owner.schedule(), owner)
+    for name, n in (("late", 6), ("b", 3), ("a", 2)):
+        owner.add(prompt(name, n, answer=1))
+    step = owner.schedule()
+    assert shown(step) == [("a", 0, 2), ("b", 0, 3), ("long", 10, 15)]
+    run(step, owner)
+    step = owner.schedule()  # six tokens are more than half, and wait for the older
+    assert shown(step) == [("long", 15, 25)]
+    run(step, owner)
+    owner.add(prompt("c", 5, answer=1))
+    assert shown(owner.schedule()) == [("c", 0, 5), ("long", 25, 30)]
+
+
+def test_a_stream_of_short_prompts_takes_no_more_than_half() -> None:
+    owner = scheduler(chunk=10, sequences=9)
+    long = prompt("long", 60)
+    owner.add(long)
+    for turn in range(10):
+        for number in range(4):
+            owner.add(prompt(f"{turn}.{number}", 2, answer=1))
+        step = owner.schedule()
+        left = long.n_prompt - long.computed
+        assert sum(w.stop - w.start for w in step.work if w.sequence is long) >= min(5, left)
+        run(step, owner)
+    assert long.phase is Phase.DECODE
+
+
+def test_a_short_prompt_that_goes_first_leaves_room_for_a_run() -> None:
+    owner = Scheduler(BlockManager(100, 4), 10, 9, longest_run=8)
+    long = prompt("long", 16)
+    long.runs = ((0, 8), (8, 16))
+    owner.add(long)
+    owner.add(prompt("a", 3, answer=1))
+    step = owner.schedule()
+    assert shown(step) == [("long", 0, 8), ("a", 0, 2)]
+    run(step, owner)
+    owner.add(prompt("b", 2, answer=1))
+    assert shown(owner.schedule()) == [("a", 2, 3), ("long", 8, 16), ("b", 0, 1)]
+
+
+def test_an_older_prompt_takes_back_what_a_short_one_was_given_in_the_same_step() -> None:
+    owner = scheduler(n_blocks=5, chunk=24)
+    old = prompt("old", 11, answer=9)
+    owner.add(old)
+    for _ in range(5):
+        run(owner.schedule(), owner)
+    assert old.computed == 15
+    owner.add(prompt("a", 3, answer=1))
+    run(owner.schedule(), owner)
+    late = prompt("b", 3, answer=1)
+    owner.add(late)
+    step = owner.schedule()
+    assert shown(step) == [("old", 16, 17)]
+    assert step.preempted == (late,)
+
+
 def test_complete_prompts_first_partial_ones_fill_the_rest() -> None:
     owner = scheduler()
     partial = prompt("a", 10, items=(Item(4, 6, 2),))
@@ -260,4 +319,6 @@ def test_everything_ends_within_the_limits(
     assert not owner.queue and not owner.running
     assert owner.blocks.n_free == 12
     whole = [name for name in dict.fromkeys(started) if not sequences[int(name)].items]
-    assert whole == sorted(whole, key=int)
+    for n in {sequences[int(name)].n_prompt for name in whole}:
+        like = [name for name in whole if sequences[int(name)].n_prompt == n]
+        assert like == sorted(like, key=int), "of equal ones the older starts first"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from triptych import single
-from triptych.config import ModelConfig, Secrets, ServeConfig
+from triptych.config import ModelConfig, NetworkConfig, Secrets, ServeConfig, SharedConfig
 from triptych.errors import PeerRefused
 
 SECRETS = Secrets(b"0123456789abcdef")
@@ -88,6 +88,18 @@ async def test_workers_dial_the_router_that_was_bound(
     await asyncio.wait_for(serving, 5)
 
 
+async def test_two_workers_that_share_a_process(made: dict[str, Fake], up: asyncio.Event) -> None:
+    network = NetworkConfig("http://r:1", port=70)
+    sharing = asyncio.create_task(single.share(SharedConfig(ModelConfig("m"), network), SECRETS))
+    await up.wait()
+    assert list(made) == ["encoder", "language"]
+    assert [each.config.network.router for each in made.values()] == ["http://r:1"] * 2
+    assert [each.config.network.port for each in made.values()] == [70, 71]
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(sharing, 5)
+    assert made["encoder"].order[2:] == ["encoder down", "language down"]
+
+
 async def test_one_that_fails_ends_all_with_its_error() -> None:
     order: list[str] = []
     router = Fake("router", None, order)
@@ -96,5 +108,5 @@ async def test_one_that_fails_ends_all_with_its_error() -> None:
         Fake("language", None, order, error=PeerRefused("other model")),
     ]
     with pytest.raises(PeerRefused, match="other model"):
-        await asyncio.wait_for(single._serve_until(asyncio.Event(), router, workers), 5)
+        await asyncio.wait_for(single._serve_until(asyncio.Event(), router, *workers), 5)
     assert order[-2:] == ["router down", "encoder down"]

@@ -37,9 +37,9 @@ SIZES = {
     "tiny": Sizes(64, 64, 32, 512, 8192, 2),
     # 56 KiB of KV a token, 7 KiB of embedding: eight 1080p images are 21.5k tokens, 1.2 GiB and
     # 147 MiB. Eight such requests have room at once.
-    "qwen2.5-vl-7b": Sizes(10240, 4096, 1280, 8192, 16384, 8, 32768),
+    "qwen2.5-vl-7b": Sizes(10240, 4096, 1280, 2048, 16384, 8, 32768),
     # 144 KiB of KV a token, 32 KiB of embedding: 16.3k tokens, 2.2 GiB and 510 MiB.
-    "qwen3-vl-8b": Sizes(19456, 5120, 2560, 8192, 16384, 8, 32768),
+    "qwen3-vl-8b": Sizes(19456, 5120, 2560, 2048, 16384, 8, 32768),
 }
 
 
@@ -188,6 +188,18 @@ def _encoder_apart(devices: Sequence[str], common: ServeConfig) -> tuple[ServeCo
     )
 
 
+def _shared(devices: Sequence[str], common: ServeConfig) -> tuple[ServeConfig, ...]:
+    return (
+        replace(
+            common,
+            topology="E+PD",
+            model=_on(common, devices[0]),
+            languages=len(devices),
+            language_devices=tuple(devices),
+        ),
+    )
+
+
 def _encoder_beside(devices: Sequence[str], common: ServeConfig) -> tuple[ServeConfig, ...]:
     return (
         replace(
@@ -219,6 +231,7 @@ _SERVERS = {
     "replicas": _replicas,
     "pairs": _pairs,
     "E/PD": _encoder_apart,
-    "E+PD": _encoder_beside,
+    "E+PD": _shared,
+    "beside": _encoder_beside,
     "E/P/D": _all_apart,
 }

@@ -115,9 +115,9 @@ class BenchTopologiesConfig:
     arrangements: tuple[str, ...] = ("E+PD", "E/PD", "replicas", "E/P/D")
     """Which, in this order. "replicas": EPD on every device, each takes the next request in turn.
     "pairs": E/PD on every device, likewise. "E/PD": encoder on the first device, language workers
-    on the others. "E+PD": an encoder and a language worker on every device, behind one router.
-    "E/P/D": encoder and decode on the first device, prefill on the others. "E/PD:shm" forces a
-    transport."""
+    on the others. "E+PD": an encoder and a language worker on every device, in one process, behind
+    one router; "beside": in two processes. "E/P/D": encoder and decode on the first device, prefill
+    on the others. "E/PD:shm" forces a transport."""
     devices: tuple[str, ...] = ("cpu", "cpu")
     """As in "cuda:0" "cuda:1". A device may be named twice."""
     shape: Literal["tiny", "qwen2.5-vl-7b", "qwen3-vl-8b"] = "tiny"

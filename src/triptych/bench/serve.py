@@ -17,7 +17,7 @@ from triptych.bench.config import BenchServeConfig, Goal, Load
 from triptych.bench.figures import Sample, summarize
 from triptych.bench.loads import Maker, Request, check, closed, parse_load
 from triptych.bench.phases import Phase, Timeline
-from triptych.config import secrets_from_environment
+from triptych.credentials import secrets_from_environment
 from triptych.errors import ConfigError, TransferFailed, WorkerLost
 
 WIDTH = 150

@@ -24,7 +24,8 @@ from triptych.bench.client import Client
 from triptych.bench.config import BenchTopologiesConfig
 from triptych.bench.loads import Maker
 from triptych.bench.serve import Prepared
-from triptych.config import Secrets, secrets_from_environment
+from triptych.config import Secrets
+from triptych.credentials import secrets_from_environment
 from triptych.demo.shapes import make_shape
 from triptych.demo.tiny import make_tiny_model
 from triptych.errors import ConfigError, TriptychError

@@ -20,8 +20,8 @@ from triptych.config import (
     EngineConfig,
     ModelConfig,
     ServeConfig,
-    secrets_from_environment,
 )
+from triptych.credentials import secrets_from_environment
 from triptych.demo.client import Answer, Client, request_body
 from triptych.demo.pictures import QUESTIONS, Picture, draw_pictures
 from triptych.demo.report import timeline_table, verdict

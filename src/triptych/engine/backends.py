@@ -88,9 +88,10 @@ class Compute:
         n_positions: int,
         followers: Followers | None = None,
     ) -> None:
-        if config.chunk_tokens < model.longest_run:
+        step_tokens = config.step_tokens(model.device.type)
+        if step_tokens < model.longest_run:
             raise ConfigError(
-                f"--chunk-tokens {config.chunk_tokens}: the model computes the "
+                f"--chunk-tokens {step_tokens}: the model computes the "
                 f"{model.longest_run} rows of an image at once"
             )
         shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
@@ -101,9 +102,9 @@ class Compute:
         """For sequences. One is left for what a captured step computes in vain."""
         if self.n_blocks < 1:
             raise ConfigError("the KV cache has no room for one block besides that of idle places")
-        self._places = min(config.max_sequences, config.chunk_tokens)
+        self._places = min(config.max_sequences, step_tokens)
         n_tokens = min(n_positions, self.n_blocks * config.block_size)
-        self._chunk_tokens = min(config.chunk_tokens, n_tokens)
+        self._chunk_tokens = min(step_tokens, n_tokens)
         self._attention = open_attention(
             name, self.kv, self._places, -(-n_tokens // config.block_size)
         )
@@ -113,10 +114,8 @@ class Compute:
             self.runner = LeadingRunner(model, self._attention, self._places, followers)
 
     def warm_up(self) -> None:
-        """On the thread that will compute, before its first request: compile for the most tokens at
+        """On the thread that will compute, once it has settled: compile for the most tokens at
         once, then see that the same code serves fewer. Torch's own attention needs none of it."""
-        if self.model.device.type == "cuda":
-            torch.cuda.set_device(self.model.device)  # holds for this thread
         if isinstance(self._attention, SdpaAttention):
             return
         began = time.perf_counter()

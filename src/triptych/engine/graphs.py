@@ -12,6 +12,7 @@ from torch import Tensor
 from triptych.engine.attention import Part
 from triptych.engine.flash_attention import CONTEXT, DecodeStep, FlashAttention
 from triptych.models.language import LanguageModel
+from triptych.models.stream import URGENT
 
 
 def buckets(most: int) -> list[int]:
@@ -58,7 +59,7 @@ class DecodeGraphs:
 
     def _capture(self, size: int, step: DecodeStep, pool: object) -> _Captured:
         step.load(())
-        stream = torch.cuda.Stream(self._model.device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(self._model.device, priority=URGENT)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._model.device))
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -66,7 +67,7 @@ class DecodeGraphs:
         torch.cuda.synchronize(self._model.device)
         graph = torch.cuda.CUDAGraph()
         # Other threads of this process go on using the device meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # type: ignore[arg-type]
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):  # type: ignore[arg-type]
             logits = self._compute(size, step)
         return _Captured(graph, step, logits)
 

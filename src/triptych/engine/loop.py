@@ -92,7 +92,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._scheduler = Scheduler(
             blocks,
-            config.chunk_tokens,
+            config.step_tokens(model.device.type),
             config.max_sequences,
             config.overlap,
             longest_run=max(1, model.longest_run),

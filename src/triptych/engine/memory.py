@@ -42,7 +42,7 @@ def kv_nbytes(model: LanguageModel, config: EngineConfig, share: float, landing_
     if left < MIB:
         raise ConfigError(
             f"--memory-fraction {share:g} of {total // MIB} MiB leaves nothing for the KV cache: "
-            f"{taken // MIB} MiB are taken and a step of {config.chunk_tokens} tokens takes "
+            f"{taken // MIB} MiB are taken and a step of {config.step_tokens('cuda')} tokens takes "
             f"{step // MIB} MiB"
         )
     return left // MIB * MIB
@@ -51,7 +51,7 @@ def kv_nbytes(model: LanguageModel, config: EngineConfig, share: float, landing_
 def step_nbytes(model: LanguageModel, config: EngineConfig) -> int:
     """What the largest step takes besides weights and KV cache: measured, by one forward whose
     layers are not compiled, which takes no less than compiled ones."""
-    n_tokens = min(config.chunk_tokens, model.max_positions)
+    n_tokens = min(config.step_tokens(model.device.type), model.max_positions)
     shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
     n_blocks = -(-n_tokens // config.block_size) + 1
     memory = torch.zeros(

@@ -18,13 +18,15 @@ A reservation needs blocks only; the sequence that takes it over waits in ``star
 before anything that is still queued, and is given that of one that can be preempted.
 
 A step takes one token of every decoding sequence, then chunks of prompts, in order of arrival and
-up to their first row that has not landed. ``overlap`` says what becomes of prompts some of whose
-images have not landed. "always": they are like others. "off": they wait in the queue, where others
-pass them. "adaptive": prompts that are complete go first, into places and into steps; the others
-fill what would be idle otherwise, take blocks from nobody and give theirs up first, and hold half
-of the cache at most while others run. One that has been passed by a certain amount of work counts
-as complete, so that it is not passed forever: its images may not fit where they land all at once.
-There are never more running sequences than tokens in a step: decodes leave room for a prompt.
+up to their first row that has not landed. Half of the tokens for prompts go first to those that
+they end, the shortest before the others: a few words do not wait for the images of all who came
+before, and the oldest prompt has the other half. ``overlap`` says what becomes of prompts some of
+whose images have not landed. "always": they are like others. "off": they wait in the queue, where
+others pass them. "adaptive": prompts that are complete go first, into places and into steps; the
+others fill what would be idle otherwise, take blocks from nobody and give theirs up first, and hold
+half of the cache at most while others run. One that has been passed by a certain amount of work
+counts as complete, so that it is not passed forever: its images may not fit where they land all at
+once. There are never more running sequences than tokens in a step: decodes leave room for a prompt.
 
 A run, rows that a model computes as a whole, is never cut by a chunk: a chunk ends before a run
 that does not fit, and decodes leave room for the longest one.
@@ -50,6 +52,11 @@ READ_AHEAD = 8
 PATIENCE = 64
 """Full steps of others by which an incomplete prompt may be passed."""
 _by_order = attrgetter("order")
+
+
+def _left(sequence: Sequence) -> int:
+    """Tokens of its prompt that are still to be computed."""
+    return sequence.n_prompt - sequence.computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,7 @@ class Scheduler:
         self.blocks = blocks
         self.overlap = overlap
         self.chunk_tokens = chunk_tokens
+        self.longest_run = longest_run
         self.places = min(max_sequences, chunk_tokens + 1 - longest_run)
         self.queue: list[Sequence | Reservation] = []
         """By ``order``, as ``running`` is."""
@@ -268,7 +276,10 @@ class Scheduler:
         budget = self.chunk_tokens - sum(s.phase is Phase.DECODE for s in self.running)
         first = [s for s in self.running if s.phase is Phase.DECODE or self._goes_first(s)]
         fill = [s for s in self.running if s not in first] if self.overlap == "adaptive" else []
-        for sequence in first:
+        short = self._short(first, budget)
+        for sequence in short:
+            budget -= self._chunk(sequence, budget, chunks, preempts=False)
+        for sequence in (s for s in first if s not in short):
             if sequence.phase is Phase.DECODE:
                 start = sequence.computed
                 if self._reach(sequence, start + 1, preempts=True) > start:
@@ -281,9 +292,23 @@ class Scheduler:
         for sequence in [work.sequence for work in decodes]:
             # One block ahead, so that the step after this can be planned while this one computes.
             self._reach(sequence, min(sequence.computed + 2, sequence.n_tokens), preempts=False)
-        work = (*decodes, *chunks)
+        # A short prompt that went first may have lost its blocks to an older one since.
+        work = (*decodes, *(w for w in chunks if w.sequence.phase is Phase.PREFILL))
         self._pass_by(work)
         return work
+
+    def _short(self, first: list[Sequence], budget: int) -> list[Sequence]:
+        """Prompts that half of the step's tokens end, the shortest first. What is left is enough
+        for any run, so that the oldest goes on in every step."""
+        share = min(budget // 2, budget - self.longest_run)
+        found = []
+        prompts = [s for s in first if s.phase is Phase.PREFILL and s.ready_until == s.n_prompt]
+        for sequence in sorted(prompts, key=_left):
+            share -= _left(sequence)
+            if share < 0:
+                break
+            found.append(sequence)
+        return found
 
     def _pass_by(self, work: tuple[Work, ...]) -> None:
         """Incomplete prompts see it go by."""

@@ -119,7 +119,7 @@ def _by_the_engine(
     """Logits of each generated token and the tokens, by prompt."""
     n_tokens = {p.name: p.n_tokens + ANSWER.max_tokens for p in PROBES}
     n_blocks = sum(-(-n // config.block_size) for n in n_tokens.values())
-    room = max(n_blocks, -(-config.chunk_tokens // config.block_size)) + 1
+    room = max(n_blocks, -(-config.step_tokens(model.device.type) // config.block_size)) + 1
     shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
     nbytes = room * shape.block_nbytes(config.block_size)
     memory = torch.zeros(nbytes, dtype=torch.uint8, device=model.device)

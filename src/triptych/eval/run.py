@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from triptych.config import secrets_from_environment
+from triptych.credentials import secrets_from_environment
 from triptych.errors import ConfigError
 from triptych.eval import parsing
 from triptych.eval.asking import Reply, ask_all

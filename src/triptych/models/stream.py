@@ -12,6 +12,8 @@ import torch
 from triptych.errors import DeviceLost, TriptychError
 
 logger = logging.getLogger(__name__)
+URGENT = -1
+"""Priority of a stream whose kernels go before those of others."""
 
 
 class Stream:
@@ -44,9 +46,18 @@ class Stream:
 
 def settle(device: torch.device, threads: int = 0) -> None:
     """Before the calling thread computes: streams, kernels and captures that name no device are
-    ``device``'s, and operations on a CPU use ``threads`` (0: as they would)."""
+    ``device``'s, what it queues goes to a stream of its own, and operations on a CPU use
+    ``threads`` (0: as they would).
+
+    The device's default stream is no place to compute: copies that name no stream, a transfer
+    engine's, wait for all that is queued there, and all that is queued there waits for them. The
+    thread's stream goes before a ``Stream``: what answers are made of before what encodes for later
+    ones, where both share a GPU.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.cuda.synchronize(device)  # what other threads have queued: the weights
+        torch.cuda.set_stream(torch.cuda.Stream(device, priority=URGENT))  # type: ignore[no-untyped-call]
     if threads:
         torch.set_num_threads(threads)
 
