@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from tests import plain_kernels
 from tests.end_to_end.engine_driver import Case, Driver, Family
@@ -18,6 +19,7 @@ from triptych.engine.flash_attention import CONTEXT, DecodeStep, FlashAttention
 from triptych.engine.kv_cache import KVCache, KVShape
 from triptych.errors import ConfigError
 from triptych.models.compiled import compile_blocks
+from triptych.models.fused import fuse_products, merge_products
 
 torch.set_num_threads(1)
 HEADS, KV_HEADS, DIM, SIZE, LAYERS, N_BLOCKS = 4, 2, 8, 4, 3, 24
@@ -168,6 +170,31 @@ def test_layers_are_compiled_once_for_all_steps(family: Family, tmp_path: Path) 
             check(driver, [case])
         assert 0 < compiled == frames["ok"]
         assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.usefixtures("plain")
+def test_products_of_one_input_are_one_where_layers_are_compiled(
+    family: Family, tmp_path: Path
+) -> None:
+    cases = [family.case("text", 0), family.case("three", 3, n_text=20)]
+    model = family.load("float32")
+    n_parameters = sum(weight.numel() for weight in model._decoder.parameters())
+    assert fuse_products(model._decoder) == 2 * model.num_layers
+    assert sum(weight.numel() for weight in model._decoder.parameters()) == n_parameters
+    products: list[tuple[int, int]] = []
+
+    def count(graph: GraphModule) -> int:
+        return sum(node.target is torch._C._nn.linear for node in graph.graph.nodes)
+
+    def backend(graph: GraphModule, inputs: object) -> object:
+        traced = count(graph)
+        products.append((traced, count(merge_products(graph))))
+        return graph.forward
+
+    compile_blocks(model._decoder, tmp_path, backend)
+    with Driver(model, chunk_tokens=16) as driver:
+        check(driver, cases)
+    assert set(products) == {(7, 4)}
 
 
 def test_what_cannot_be_had_is_said(family: Family) -> None:

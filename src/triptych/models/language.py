@@ -21,6 +21,7 @@ from transformers import AttentionInterface, DynamicCache
 
 from triptych.errors import BadRequest, UnsupportedModel
 from triptych.models.compiled import compile_blocks
+from triptych.models.fused import fuse_products
 from triptych.models.refusals import image_token_id, longest_run, video_token_id
 from triptych.models.vision import planes
 
@@ -77,6 +78,7 @@ class LanguageModel:
     def compile(self, folder: Path) -> None:
         """Let the decoder's layers be compiled at the first forward, for an attention that does not
         ask which layer it serves; ``folder`` keeps the result."""
+        fuse_products(self._decoder)
         n = compile_blocks(self._decoder, folder)
         self.compiled = True
         logger.info("%d decoder layers will be compiled, with their cache in %s", n, folder)
