@@ -244,8 +244,8 @@ class Driver:
         was submitted before it has been handled."""
         self.engine.submit(AddRequest("probe", (1, 2, 3), (), Sampling(max_tokens=1)))
         self.finish("probe")
-        engine = self.engine
-        idle = not engine._sequences and not engine._reservations and not engine._runner._prompts
+        engine, requests = self.engine, self.engine._requests
+        idle = not (requests.sequences or requests.reservations or engine._runner._prompts)
         return idle and self.free_blocks == engine.kv.n_blocks
 
     @property

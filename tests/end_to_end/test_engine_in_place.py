@@ -50,7 +50,7 @@ def steps_over(driver: Driver, images: Case) -> int:
     last_row = max(
         i for i, t in enumerate(images.token_ids) if t == driver.engine.model.image_token_id
     )
-    sequences = driver.engine._sequences
+    sequences = driver.engine._requests.sequences
     driver.until(lambda: bool(asked(driver)) and sequences["images"].computed > last_row)
     return len(asked(driver))
 
@@ -153,4 +153,4 @@ def test_what_is_withheld_ends_with_its_request(driver: Driver, images: Case) ->
     driver.engine.submit(Lapsed("images", 0))
     assert driver.is_empty()
     assert sorted(driver.consumed) == [("images", item) for item in range(3)]
-    assert driver.answer("images") == [] and not driver.engine._withheld._entries
+    assert driver.answer("images") == [] and not driver.engine._requests.withheld._entries

@@ -176,7 +176,7 @@ def test_rows_that_are_not_proven_are_found_by_nobody(driver: Driver, images: Ca
     last_row = max(
         i for i, t in enumerate(images.token_ids) if t == driver.engine.model.image_token_id
     )
-    sequences = driver.engine._sequences
+    sequences = driver.engine._requests.sequences
     driver.until(lambda: bool(questions()) and sequences["one"].computed > last_row)
     driver.add(images, name="two")
     driver.finish("two")

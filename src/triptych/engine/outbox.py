@@ -6,9 +6,21 @@ from dataclasses import dataclass, field, fields
 
 from triptych.engine.messages import Prefilled, Progress, Reserved, StepOutput, Used
 from triptych.engine.sampler import Sampled
+from triptych.engine.scheduler import Work
 from triptych.engine.sequence import Sequence
 from triptych.errors import TriptychError
 from triptych.request import Span, TokenEvent
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one step brought one sequence."""
+
+    work: Work
+    sampled: Sampled | None
+    started: float
+    """Wall-clock seconds, as ``ended``."""
+    ended: float
 
 
 @dataclass(slots=True)
@@ -34,6 +46,12 @@ class Outbox:
 
     def span(self, request_id: str, name: str, start: float, end: float, note: str = "") -> None:
         self.spans.append((request_id, Span(name=name, start=start, end=end, note=note)))
+
+    def lend(self, sequence: Sequence, computed: int, block_size: int) -> None:
+        """A consumer may read its full blocks; of a whole prompt the last one as well."""
+        whole = computed == sequence.n_prompt
+        n_blocks = len(sequence.blocks) if whole else computed // block_size
+        self.progress.append(Progress(sequence.request_id, computed, sequence.blocks[:n_blocks]))
 
     def token(self, sequence: Sequence, sampled: Sampled, finish: str) -> TokenEvent:
         """The event of the sequence's newest token."""
