@@ -179,6 +179,8 @@ class Driver:
         **config: Any,
     ) -> None:
         outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
+        if followers is None:
+            config.setdefault("run_ahead", "on")  # nothing is gained by it on a CPU, but shown
         settings = EngineConfig(kv_mib=1, threads=1, **config)
         shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
         nbytes = n_blocks * shape.block_nbytes(settings.block_size)

@@ -62,7 +62,7 @@ class Drawn(LogitsProcessor):
         self.index = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        (drawn,) = sample(scores.float(), [Draw(self.sampling, self.index)])
+        (drawn,) = sample(scores.float(), [Draw(self.sampling, self.index)]).read()
         self.index += 1
         only = torch.full_like(scores, -torch.inf)
         only[:, drawn.token] = 0.0

@@ -45,7 +45,7 @@ def test_a_device_that_does_nothing_any_more(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def break_language(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker.host.engine._runner, "run", broken)
+    monkeypatch.setattr(worker.host.engine._runner, "launch", broken)
 
 
 def break_encoder(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_uniform_depends_on_each_part_of_the_key() -> None:
 
 def test_greedy_is_argmax() -> None:
     rows = logits(5)
-    drawn = sample(rows, [Draw(Sampling(max_tokens=1, temperature=0), 0)] * 5)
+    drawn = sample(rows, [Draw(Sampling(max_tokens=1, temperature=0), 0)] * 5).read()
     assert [each.token for each in drawn] == rows.argmax(-1).tolist()
     assert all(each.logprob is None and each.top == () for each in drawn)
 
@@ -91,7 +91,7 @@ def test_a_draw_equals_the_slow_version(
 ) -> None:
     sampling = Sampling(max_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     row = logits(seed=which)
-    [drawn] = sample(row, [Draw(sampling, index)])
+    [drawn] = sample(row, [Draw(sampling, index)]).read()
     assert drawn.token == slow(row[0].tolist(), sampling, uniform(seed, 0, index))
 
 
@@ -99,7 +99,7 @@ def test_frequencies_follow_the_distribution() -> None:
     row = torch.tensor([[0.0, 1.0, 2.0, -math.inf]])
     n = 4000
     draws = [Draw(Sampling(max_tokens=1, seed=3), index) for index in range(n)]
-    counts = Counter(each.token for each in sample(row.expand(n, -1), draws))
+    counts = Counter(each.token for each in sample(row.expand(n, -1), draws).read())
     expected = row[0].softmax(-1).tolist()
     assert counts[3] == 0
     assert [counts[token] / n for token in range(3)] == pytest.approx(expected[:3], abs=0.03)
@@ -113,21 +113,21 @@ def test_a_draw_does_not_depend_on_the_batch() -> None:
         Draw(Sampling(max_tokens=1, top_p=0.5, temperature=3.0, seed=2, logprobs=2), 4),
         Draw(Sampling(max_tokens=1, seed=3, choice=1, logprobs=0), 5),
     ]
-    together = sample(rows, draws)
-    alone = [sample(rows[i : i + 1], [draw])[0] for i, draw in enumerate(draws)]
+    together = sample(rows, draws).read()
+    alone = [sample(rows[i : i + 1], [draw]).read()[0] for i, draw in enumerate(draws)]
     assert together == alone
 
 
 def test_a_cold_temperature_is_greedy_and_does_not_overflow() -> None:
     row = logits() * 1000
-    [drawn] = sample(row, [Draw(Sampling(max_tokens=1, temperature=1e-30), 0)])
+    [drawn] = sample(row, [Draw(Sampling(max_tokens=1, temperature=1e-30), 0)]).read()
     assert drawn.token == int(row.argmax())
 
 
 def test_logprobs_are_the_models_own() -> None:
     row = logits()
     whole = row[0].log_softmax(-1)
-    [drawn] = sample(row, [Draw(Sampling(max_tokens=1, temperature=2.0, logprobs=3), 0)])
+    [drawn] = sample(row, [Draw(Sampling(max_tokens=1, temperature=2.0, logprobs=3), 0)]).read()
     assert drawn.logprob == pytest.approx(float(whole[drawn.token]))
     values, tokens = whole.topk(3)
     assert [each.token for each in drawn.top] == tokens.tolist()

@@ -96,7 +96,13 @@ class Compute:
             )
         shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
         name = choose(model, config)
+        alone = followers is None and config.tensor_parallel == 1
+        if config.run_ahead == "on" and not alone:
+            raise ConfigError("--run-ahead on: ranks that follow are told the tokens of each step")
         self.model = model
+        self.runs_ahead = alone and config.run_ahead != "off"
+        self.runs_ahead &= config.run_ahead == "on" or model.compiled
+        """A decode step may be launched before the one before it has been read."""
         self.kv = KVCache(kv_memory, shape, config.block_size)
         self.n_blocks = self.kv.n_blocks - (name == "flashinfer")
         """For sequences. One is left for what a captured step computes in vain."""
@@ -129,5 +135,7 @@ class Compute:
         if self.model.compiled:
             began = time.perf_counter()
             graphs = importlib.import_module("triptych.engine.graphs")
-            self.runner.graphs = graphs.DecodeGraphs(self.model, self._attention, self._places)
+            self.runner.graphs = graphs.DecodeGraphs(
+                self.model, self._attention, self._places, foresees=not self.runs_ahead
+            )
             logger.info("capturing decode steps took %.1f s", time.perf_counter() - began)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from triptych.engine.attention import Part, Window
+from triptych.engine.copies import Mark, locked
 from triptych.engine.kv_cache import KVCache
 
 WORKSPACE_NBYTES = 256 << 20
@@ -205,6 +206,9 @@ class DecodeStep(Step):
 
         self._loaded: tuple[Seq[Part], int] | None = None
         """What is planned for, and how often a table had changed by then."""
+        self._planned = Mark(device)
+        """Behind the copies of the last plan: the kernels' wrappers write each one into the same
+        page-locked memory on the host."""
         self._wrappers = {
             kind: attention.kernels.BatchDecodeWithPagedKVCacheWrapper(
                 attention.workspace,
@@ -231,6 +235,7 @@ class DecodeStep(Step):
 
     def _load(self, parts: Seq[Part]) -> None:
         attention, shape = self.attention, self.attention.kv.data.shape
+        self._planned.wait()
         self._loaded = parts, attention.placed
         n_idle = self._size - len(parts)
         slots = np.full(self._size, attention.kv.slot(attention.scratch, 0), np.int64)
@@ -243,8 +248,10 @@ class DecodeStep(Step):
             pages[0] = torch.cat([indptr, indptr[-1] + pages[0][1:]])
             pages[1:] = [torch.cat([blocks, pages[1]]), torch.cat([last, pages[2]])]
         # From page-locked memory: the host must not wait for what the device computes meanwhile.
-        self.slots.copy_(self._locked(torch.from_numpy(slots)), non_blocking=True)
-        pages[1] = self._locked(pages[1]).to(self.slots.device, non_blocking=True)
+        device = self.slots.device
+        self.slots.copy_(locked(torch.from_numpy(slots), device), non_blocking=True)
+        indptr, blocks, last = (locked(each, device) for each in pages)
+        pages = [indptr, blocks.to(device, non_blocking=True), last]
         for kind, wrapper in self._wrappers.items():
             wrapper.plan(
                 *pages,
@@ -254,9 +261,7 @@ class DecodeStep(Step):
                 attention.kv.block_size,
                 **attention.options(kind),
             )
-
-    def _locked(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self.slots.device.type == "cuda" else tensor
+        self._planned = Mark(device)
 
     def wrapper(self, kind: Kind) -> Any:
         """See ``Step``."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from triptych.engine.attention import Part
+from triptych.engine.copies import locked
 from triptych.engine.flash_attention import CONTEXT, DecodeStep, FlashAttention
 from triptych.models.language import LanguageModel
 from triptych.models.stream import URGENT
@@ -30,11 +31,18 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """Captures on construction, on the thread that will replay. The model has run before."""
+    """Captures on construction, on the thread that will replay. The model has run before.
+
+    ``foresees``: the next step is planned as soon as one is launched, not when it is launched
+    itself. Of use where that happens when the first is over.
+    """
 
     @torch.inference_mode()
-    def __init__(self, model: LanguageModel, attention: FlashAttention, most: int) -> None:
+    def __init__(
+        self, model: LanguageModel, attention: FlashAttention, most: int, *, foresees: bool
+    ) -> None:
         self._model = model
+        self._foresees = foresees
         self._attention = attention
         self.most = most
         self._sizes = buckets(most)
@@ -46,15 +54,20 @@ class DecodeGraphs:
             step = DecodeStep(attention, size)
             self._captured[size] = self._capture(size, step, pool)
 
-    def logits(self, ids: Seq[int], positions: Seq[int], parts: Seq[Part]) -> Tensor:
-        """(sequences, vocabulary) float32, valid until the next call. ``parts``: ``most`` at most,
-        of one token each."""
+    def logits(self, ids: Tensor, positions: Seq[int], parts: Seq[Part]) -> Tensor:
+        """(sequences, vocabulary) float32, valid until the next call. ``ids``: (sequences,) int64
+        on the device; ``parts``: ``most`` at most, of one token each.
+
+        Nothing here waits for the device to have computed an earlier step.
+        """
         n = len(parts)
         captured = self._captured[self._sizes[bisect_left(self._sizes, n)]]
-        self._inputs[:, :n].copy_(torch.tensor((ids, positions)), non_blocking=True)
         captured.step.load(parts)
+        self._inputs[0, :n].copy_(ids)
+        self._inputs[1, :n].copy_(locked(torch.tensor(positions), ids.device), non_blocking=True)
         captured.graph.replay()
-        captured.step.foresee(parts)
+        if self._foresees:
+            captured.step.foresee(parts)
         return captured.logits[:n]
 
     def _capture(self, size: int, step: DecodeStep, pool: object) -> _Captured:

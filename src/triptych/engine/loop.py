@@ -7,7 +7,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from triptych.config import MIB, EngineConfig
+from triptych.engine.ahead import follow
 from triptych.engine.backends import Compute, longest
 from triptych.engine.block_manager import BlockManager
 from triptych.engine.intake import Intake
@@ -22,7 +22,9 @@ from triptych.engine.messages import AddRequest, Message, Reserve, StepOutput
 from triptych.engine.mirror import Followers
 from triptych.engine.outbox import Result
 from triptych.engine.requests import Requests
+from triptych.engine.runner import Launched
 from triptych.engine.scheduler import Scheduler, Work
+from triptych.engine.sequence import Phase
 from triptych.errors import TriptychError, WorkerLost
 from triptych.models.compiled import first_forwards
 from triptych.models.language import LanguageModel
@@ -71,6 +73,8 @@ class Engine:
         self._warm: Future[None] = Future()
         intake = Intake(model, max_tokens, named_blocks)
         self._requests = Requests(intake, self._scheduler, self._runner, config.block_size)
+        self._launched: Launched | None = None
+        """A step that computes while messages are taken: decodes, launched ahead."""
         self.usage = self._scheduler.usage()
         """After the last turn; replaced as a whole, so that any thread may read it."""
         self._closed = False
@@ -105,15 +109,28 @@ class Engine:
             return
         busy = False
         while self._take_messages(wait=not busy):
-            schedule = self._scheduler.schedule()
-            self._requests.rearrange(schedule)
-            if schedule.work:
-                self._step(schedule.work)
-            busy = bool(schedule.work)
-            self.usage = self._scheduler.usage()
-            self._flush()
+            busy = self._turn()
+        if self._launched is not None:
+            self._finish(self._launched)  # it writes to memory that others will have
         self._requests.fail_all(WorkerLost("the engine was closed"))
         self._flush()
+
+    def _turn(self) -> bool:
+        """The results of a step, while the one behind it computes if that can be launched already.
+        False: there was nothing to compute."""
+        work: tuple[Work, ...] = ()
+        if self._launched is None:
+            schedule = self._scheduler.schedule()
+            self._requests.rearrange(schedule)
+            work = schedule.work
+        step, self._launched = self._launched or self._launch(work), None
+        if step is not None:
+            if self._compute.runs_ahead:
+                self._launched = self._launch(follow(step.work, self._scheduler), step)
+            self._finish(step)
+        self.usage = self._scheduler.usage()
+        self._flush()
+        return step is not None or bool(work)
 
     def _warm_up(self) -> bool:
         # Here and not in the main thread: compiled code is valid for the settings of its thread.
@@ -143,15 +160,25 @@ class Engine:
             wait = False
         return True
 
-    def _step(self, work: Seq[Work]) -> None:
-        started = time.time()
-        self._requests.begin(work)
-        with self._ending_on_failure([w.sequence.request_id for w in work]):
-            sampled = iter(self._runner.run(work))
+    def _launch(self, work: tuple[Work, ...], after: Launched | None = None) -> Launched | None:
+        """None if there is no work, or it failed. ``after``: as for ``Runner.launch``."""
+        launched = None
+        if work:
+            self._requests.begin(work)
+            with self._ending_on_failure([w.sequence.request_id for w in work]):
+                launched = self._runner.launch(work, after)
+        return launched
+
+    def _finish(self, step: Launched) -> None:
+        """Wait for the step, and hand on what it brought those that have not ended since."""
+        there = [w.sequence for w in step.work if w.sequence.phase is not Phase.ENDED]
+        with self._ending_on_failure([sequence.request_id for sequence in there]):
+            sampled = iter(self._runner.read(step))
             ended = time.time()
-            for w in work:
-                found = next(sampled) if w.samples else None
-                self._requests.take(Result(w, found, started, ended))
+            for w in step.work:
+                result = Result(w, next(sampled) if w.samples else None, step.started, ended)
+                if w.sequence.phase is not Phase.ENDED:
+                    self._requests.take(result)
 
     def _flush(self) -> None:
         output = self._requests.seal()

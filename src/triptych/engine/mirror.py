@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from triptych.engine.attention import Attention
-from triptych.engine.runner import Prompt, Runner
+from triptych.engine.runner import Launched, Prompt, Runner
+from triptych.engine.sampler import Sampled
 from triptych.engine.scheduler import Work
 from triptych.engine.sequence import Phase, Run, Sequence
 from triptych.models.language import LanguageModel
@@ -158,10 +159,15 @@ class LeadingRunner(Runner):
         self._sent.pop(request_id, None)
         self._followers.tell(Forget(request_id))
 
-    def logits(self, work: Seq[Work]) -> Tensor | None:
+    def logits(self, work: Seq[Work], after: Launched | None = None) -> Tensor | None:
+        assert after is None, "followers are told the tokens"
         self._followers.tell(Step(tuple(self._part(w) for w in work)))
         with self._ending_the_group("a step"):
             return super().logits(work)
+
+    def read(self, step: Launched) -> list[Sampled]:
+        with self._ending_the_group("a step"):
+            return super().read(step)
 
     @contextmanager
     def _ending_the_group(self, what: str) -> Generator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from triptych.engine.attention import Attention, Part
-from triptych.engine.sampler import Draw, Sampled, sample
+from triptych.engine.copies import Mark, to_device
+from triptych.engine.sampler import Draw, Sampled, Samples, sample
 from triptych.engine.scheduler import Work
 from triptych.engine.sequence import ItemSpan, Sequence
 from triptych.errors import TransferFailed
@@ -115,6 +117,29 @@ class _Batch:
     n_decodes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step that the device has been given."""
+
+    work: tuple[Work, ...]
+    started: float
+    """Wall-clock seconds."""
+    samples: Samples | None
+    """None: nothing samples."""
+    mark: Mark
+
+    def ids(self, decodes: Seq[Work]) -> Tensor:
+        """(decodes,) int64: the tokens that it samples for these sequences, on the device."""
+        assert self.samples is not None
+        sampling = [w.sequence for w in self.work if w.samples]
+        following = [w.sequence for w in decodes]
+        if following == sampling:
+            return self.samples.tokens
+        rows = {sequence: row for row, sequence in enumerate(sampling)}
+        chosen = to_device([rows[each] for each in following], self.samples.tokens.device)
+        return self.samples.tokens.index_select(0, chosen)
+
+
 class Runner:
     """``places``: most sequences of a step, each with a place in ``attention``'s tables."""
 
@@ -176,26 +201,41 @@ class Runner:
         batch = _Batch([token], [token.expand(self._model.axes, -1)], [Part(0, 0, n_tokens)])
         self._model.logits(self._forward(batch)[-1:])
 
-    def run(self, work: Seq[Work]) -> list[Sampled]:
-        """One forward. Returns a token for each entry of ``work`` that samples, in order.
+    @torch.inference_mode()
+    def launch(self, work: tuple[Work, ...], after: Launched | None = None) -> Launched:
+        """One forward, of which nothing need be computed when this returns.
 
-        ``work``: decodes first. When this returns the step's keys and values are computed.
+        ``work``: decodes first. ``after``: the step that samples the ids of these, which are all
+        decodes; None: they are known.
         """
-        logits = self.logits(work)
-        if logits is None:
-            return []
-        sequences = [w.sequence for w in work if w.samples]
-        return sample(logits, [Draw(s.sampling, len(s.output)) for s in sequences])
+        started = time.time()
+        logits = self.logits(work, after)
+        samples = None
+        if logits is not None:
+            draws = [
+                Draw(w.sequence.sampling, len(w.sequence.output) + w.ahead)
+                for w in work
+                if w.samples
+            ]
+            samples = sample(logits, draws)
+        return Launched(work, started, samples, Mark(self._device))
+
+    def read(self, step: Launched) -> list[Sampled]:
+        """Wait for the step, but not for what was launched behind it: its keys and values are
+        computed. A token for each entry of its work that samples, in order."""
+        step.mark.wait()
+        return step.samples.read() if step.samples is not None else []
 
     @torch.inference_mode()
-    def logits(self, work: Seq[Work]) -> Tensor | None:
-        """(rows, vocabulary) float32, a row for each entry of ``work`` that samples, or None."""
+    def logits(self, work: Seq[Work], after: Launched | None = None) -> Tensor | None:
+        """(rows, vocabulary) float32, a row for each entry of ``work`` that samples, or None. Valid
+        until this is called again. ``after``: as for ``launch``."""
         batch = _Batch()
-        decodes = [w.sequence for w in work if w.is_decode]
+        decodes = [w for w in work if w.is_decode]
         if self.graphs is not None and len(decodes) == len(work) <= self.graphs.most:
-            return self._captured(self.graphs, decodes)
+            return self._captured(self.graphs, decodes, after)
         if decodes:
-            self._add_decodes(batch, decodes)
+            self._add_decodes(batch, decodes, after)
         first = len(decodes)
         for w in work[len(decodes) :]:
             self._add_chunk(batch, w, first)
@@ -205,15 +245,12 @@ class Runner:
         ends = accumulate(w.stop - w.start for w in work)
         rows = [end - 1 for w, end in zip(work, ends, strict=True) if w.samples]
         if not rows:
-            hidden[-1, 0].item()  # nothing else waits for the device, and progress is reported
             return None
-        return self._model.logits(hidden.index_select(0, torch.tensor(rows, device=self._device)))
+        return self._model.logits(hidden.index_select(0, to_device(rows, self._device)))
 
-    def _captured(self, graphs: DecodeGraphs, sequences: Seq[Sequence]) -> Tensor:
-        ids = [s.output[-1] for s in sequences]
-        positions = [s.last_position for s in sequences]
-        parts = [Part(self._place(s), s.computed, s.computed + 1) for s in sequences]
-        return graphs.logits(ids, positions, parts)
+    def _captured(self, graphs: DecodeGraphs, decodes: Seq[Work], after: Launched | None) -> Tensor:
+        positions = [w.sequence.last_position + w.ahead for w in decodes]
+        return graphs.logits(self._ids(decodes, after), positions, self._parts(decodes))
 
     def _forward(self, batch: _Batch) -> Tensor:
         """(tokens, width)."""
@@ -233,13 +270,21 @@ class Runner:
             embeds, positions, context, visual_mask=visual_mask, deepstack=deepstack
         )
 
-    def _add_decodes(self, batch: _Batch, sequences: Seq[Sequence]) -> None:
-        columns = [(s.output[-1], s.last_position) for s in sequences]
-        ids, positions = torch.tensor(columns, device=self._device).T
-        batch.n_decodes = len(sequences)
-        batch.parts += (Part(self._place(s), s.computed, s.computed + 1) for s in sequences)
-        batch.ids.append(ids)
-        batch.positions.append(positions.expand(self._model.axes, -1))
+    def _add_decodes(self, batch: _Batch, decodes: Seq[Work], after: Launched | None) -> None:
+        positions = [w.sequence.last_position + w.ahead for w in decodes]
+        batch.n_decodes = len(decodes)
+        batch.parts += self._parts(decodes)
+        batch.ids.append(self._ids(decodes, after))
+        batch.positions.append(to_device(positions, self._device).expand(self._model.axes, -1))
+
+    def _ids(self, decodes: Seq[Work], after: Launched | None) -> Tensor:
+        """(decodes,) int64, the newest token of each."""
+        if after is not None:
+            return after.ids(decodes)
+        return to_device([w.sequence.output[-1] for w in decodes], self._device)
+
+    def _parts(self, decodes: Seq[Work]) -> list[Part]:
+        return [Part(self._place(w.sequence), w.start, w.stop) for w in decodes]
 
     def _add_chunk(self, batch: _Batch, work: Work, first: int) -> None:
         """``first``: the flattened batch's row of the chunk's first token."""

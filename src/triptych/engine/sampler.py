@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from triptych.engine.copies import ToHost, to_device
 from triptych.request import Sampling, TopLogprob
 
 _WORD = 0xFFFFFFFF
@@ -57,18 +58,64 @@ def uniform(seed: int, choice: int, index: int) -> float:
     return (words[0] >> 8) / (1 << 24)
 
 
-def sample(logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
-    """One token for each row of ``logits``, (rows, vocabulary) float32. Waits for the device."""
+@dataclass(frozen=True, slots=True)
+class _Logprobs:
+    wanted: dict[int, int]
+    """How many of the likeliest tokens, by row."""
+    own: Tensor
+    """(wanted,) of the rows' tokens."""
+    values: Tensor
+    """(wanted, most), the largest first."""
+    indices: Tensor
+    """Whose those are."""
+
+    @classmethod
+    def of(cls, logits: Tensor, tokens: Tensor, wanted: dict[int, int]) -> _Logprobs:
+        rows = to_device(list(wanted), logits.device)
+        logprobs = logits.index_select(0, rows).log_softmax(-1)
+        own = logprobs.gather(1, tokens.index_select(0, rows)[:, None]).squeeze(1)
+        values, indices = logprobs.topk(min(max(wanted.values()), logits.shape[1]), dim=-1)
+        return cls(wanted, own, values, indices)
+
+    def by_row(
+        self, own: list[float], values: list[list[float]], indices: list[list[int]]
+    ) -> dict[int, tuple[float, tuple[TopLogprob, ...]]]:
+        """For each row: its token's log-probability, and the likeliest tokens'. From the tensors'
+        content, on the host."""
+        return {
+            row: (own[i], tuple(map(TopLogprob, indices[i][:n], values[i][:n])))
+            for i, (row, n) in enumerate(self.wanted.items())
+        }
+
+
+class Samples:
+    """A token for each of a step's rows, once the device has computed it."""
+
+    def __init__(self, tokens: Tensor, logprobs: _Logprobs | None) -> None:
+        self.tokens = tokens
+        """(rows,) int64 on the device, for what is computed there next."""
+        self._logprobs = logprobs
+        found = [tokens, *((logprobs.own, logprobs.values, logprobs.indices) if logprobs else ())]
+        self._copies = ToHost(found, tokens.device)
+
+    def read(self) -> list[Sampled]:
+        """Waits for the device, but not for what it was given after these."""
+        tokens, *rest = (tensor.tolist() for tensor in self._copies.wait())
+        logprobs = self._logprobs.by_row(*rest) if self._logprobs else {}
+        return [Sampled(token, *logprobs.get(row, (None, ()))) for row, token in enumerate(tokens)]
+
+
+def sample(logits: Tensor, draws: Sequence[Draw]) -> Samples:
+    """One token for each row of ``logits``, (rows, vocabulary) float32, which may be overwritten
+    by whatever the device is given next."""
     tokens = logits.argmax(-1)
     drawn = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if drawn:
-        chosen = _draw(logits[drawn], [draws[row] for row in drawn])
-        tokens = tokens.index_copy(0, torch.tensor(drawn, device=logits.device), chosen)
-    wanted = [row for row, draw in enumerate(draws) if draw.sampling.logprobs >= 0]
-    logprobs = _logprobs(logits, tokens, draws, wanted)
-    return [
-        Sampled(token, *logprobs.get(row, (None, ()))) for row, token in enumerate(tokens.tolist())
-    ]
+        rows = to_device(drawn, logits.device)
+        chosen = _draw(logits.index_select(0, rows), [draws[row] for row in drawn])
+        tokens = tokens.index_copy(0, rows, chosen)
+    wanted = {row: d.sampling.logprobs for row, d in enumerate(draws) if d.sampling.logprobs >= 0}
+    return Samples(tokens, _Logprobs.of(logits, tokens, wanted) if wanted else None)
 
 
 def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -78,7 +125,7 @@ def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
+        return to_device(values, logits.device, logits.dtype)[:, None]
 
     temperature = column([draw.sampling.temperature for draw in draws])
     top_k = column([draw.sampling.top_k or logits.shape[1] for draw in draws])
@@ -95,20 +142,3 @@ def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     rank = (cumulative <= random * cumulative[:, -1:]).sum(-1, keepdim=True)
     last = weights.count_nonzero(-1).unsqueeze(-1) - 1
     return tokens.gather(1, torch.minimum(rank, last)).squeeze(1)
-
-
-def _logprobs(
-    logits: Tensor, tokens: Tensor, draws: Sequence[Draw], rows: list[int]
-) -> dict[int, tuple[float, tuple[TopLogprob, ...]]]:
-    """For each of ``rows``: the token's log-probability and the likeliest tokens'."""
-    if not rows:
-        return {}
-    logprobs = logits[rows].log_softmax(-1)
-    own = logprobs.gather(1, tokens[rows, None]).squeeze(1).tolist()
-    most = max(draws[row].sampling.logprobs for row in rows)
-    values, indices = logprobs.topk(min(most, logits.shape[1]), dim=-1)
-    tops = [
-        tuple(TopLogprob(token, value) for token, value in zip(*pair, strict=True))
-        for pair in zip(indices.tolist(), values.tolist(), strict=True)
-    ]
-    return {row: (own[i], tops[i][: draws[row].sampling.logprobs]) for i, row in enumerate(rows)}

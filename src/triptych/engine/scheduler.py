@@ -76,6 +76,11 @@ class Work:
     def is_decode(self) -> bool:
         return self.start >= self.sequence.n_prompt
 
+    @property
+    def ahead(self) -> int:
+        """Tokens of the answer that the step before it has still to bring."""
+        return self.start - self.sequence.computed
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -183,30 +188,52 @@ class Scheduler:
         rows = self._rows.ask(self.running, self.queue, self._find)
         return Schedule(preempted, rows, begun, granted, work)
 
+    def admits(self) -> bool:
+        """Would ``schedule`` let in one of those who wait?"""
+        if self.starting and (len(self.running) < self.places or self._others()):
+            return True
+        return self._next() is not None
+
+    def extend(self, work: tuple[Work, ...]) -> bool:
+        """Take blocks for a step that ``schedule`` has not made, if there are enough, and let it
+        count as one that has passed those who wait for images."""
+        if not all(self._reach(w.sequence, w.stop, preempts=False) >= w.stop for w in work):
+            return False
+        self._pass_by(work)
+        return True
+
     # ------------------------------------------------------------------ who runs
 
     def _admit(self) -> tuple[Reservation, ...]:
         granted: list[Reservation] = []
         while self.starting and self._has_place_for_reserved():
             insort(self.running, self.starting.popleft(), key=_by_order)
-        first = [entry for entry in self.queue if self._goes_first(entry)]
-        rest = [entry for entry in self.queue if not self._goes_first(entry)]
-        for entry in first:
-            if not self._enter(entry, granted):
-                return tuple(granted)
-        for entry in rest if self.overlap == "adaptive" else ():
-            if not (self._may_fill(entry) and self._enter(entry, granted)):
-                break
+        while (entry := self._next()) is not None:
+            self._enter(entry, granted)
         return tuple(granted)
 
     def _has_place_for_reserved(self) -> bool:
         """Who waits for a place with all its blocks does not wait for those who may want them."""
         if len(self.running) < self.places:
             return True
-        others = [s for s in self.running if not (s.keep_kv or s.reserved)]
+        others = self._others()
         if others:
             self._preempt(max(others, key=_by_order))
         return bool(others)
+
+    def _others(self) -> list[Sequence]:
+        """Those that may be preempted."""
+        return [s for s in self.running if not (s.keep_kv or s.reserved)]
+
+    def _next(self) -> Sequence | Reservation | None:
+        """Who comes next from the queue, if there is room."""
+        for entry in self.queue:
+            if self._goes_first(entry):
+                return entry if self._has_room(entry) else None
+        if not self.queue or self.overlap != "adaptive":
+            return None
+        entry = self.queue[0]
+        return entry if self._may_fill(entry) and self._has_room(entry) else None
 
     def _goes_first(self, entry: Sequence | Reservation) -> bool:
         if isinstance(entry, Reservation) or self.overlap == "always" or entry.complete:
@@ -221,25 +248,25 @@ class Scheduler:
         blocks = sum(len(e.blocks) + self._needs(e) for e in (*fill, entry))
         return 2 * blocks <= self.blocks.n_blocks
 
-    def _enter(self, entry: Sequence | Reservation, granted: list[Reservation]) -> bool:
-        """Let it run, or have its blocks, if there is a place and room beside what runs."""
+    def _has_room(self, entry: Sequence | Reservation) -> bool:
+        """Is there a place, and are there blocks, beside what runs?"""
         if isinstance(entry, Sequence) and len(self.running) >= self.places:
             return False
         room = self.blocks.n_free - sum(self._needs(sequence) for sequence in self.running)
         found = self._find(entry) if isinstance(entry, Sequence) else ()
-        needs = self._needs(entry) - len(found) + self.blocks.count_idle(found)
-        if needs > room:
-            return False
+        return self._needs(entry) - len(found) + self.blocks.count_idle(found) <= room
+
+    def _enter(self, entry: Sequence | Reservation, granted: list[Reservation]) -> None:
+        """Let it run, or have its blocks."""
         self.queue.remove(entry)
         if isinstance(entry, Sequence):
-            self._begin(entry, found)
-        else:
-            blocks = self.blocks.grow(entry.request_id, entry.n_tokens)
-            assert blocks is not None, "there was room"
-            entry.blocks = blocks
-            self.reserved[entry.request_id] = entry
-            granted.append(entry)
-        return True
+            self._begin(entry)
+            return
+        blocks = self.blocks.grow(entry.request_id, entry.n_tokens)
+        assert blocks is not None, "there was room"
+        entry.blocks = blocks
+        self.reserved[entry.request_id] = entry
+        granted.append(entry)
 
     def _find(self, sequence: Sequence) -> tuple[int, ...]:
         """Blocks of its prompt's beginning that are there."""
@@ -247,8 +274,9 @@ class Scheduler:
             return ()
         return self.blocks.find(sequence.names.first(sequence.n_prompt - 1))
 
-    def _begin(self, sequence: Sequence, found: tuple[int, ...]) -> None:
-        """Run it, behind the blocks that were found."""
+    def _begin(self, sequence: Sequence) -> None:
+        """Run it, behind the blocks that are found."""
+        found = self._find(sequence)
         sequence.become(Phase.PREFILL)
         insort(self.running, sequence, key=_by_order)
         self._begun.append(sequence)
