@@ -117,7 +117,8 @@ class EngineConfig:
     """CPU threads of the model's operations; 0: torch's default."""
     overlap: Literal["adaptive", "off", "always"] = "adaptive"
     """Prompts with images that are still to come: "always" computed as far as they go, "off" not at
-    all, "adaptive" with what would be idle otherwise."""
+    all (but as with "always" where a prompt's embeddings together do not fit ``--landing-mib``),
+    "adaptive" with what would be idle otherwise."""
     prefix_cache: bool = True
     """Keep the KV of past prompts and answers until its memory is needed: one that begins like them
     is not computed, nor are its images read, as far as it is the same."""
@@ -146,7 +147,8 @@ class LandingConfig:
     """Where a consumer lets embeddings land."""
 
     landing_mib: int = 32
-    """MiB of pool memory for embeddings on their way into the model."""
+    """MiB of pool memory for embeddings on their way into the model. Those of one request may be
+    more together, each single one not."""
 
 
 @dataclass(frozen=True)

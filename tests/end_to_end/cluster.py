@@ -15,6 +15,7 @@ from triptych.config import (
     Dtype,
     EncoderConfig,
     EngineConfig,
+    LandingConfig,
     LanguageConfig,
     ModelConfig,
     NetworkConfig,
@@ -26,6 +27,7 @@ from triptych.config import (
 )
 from triptych.decode import server as decode
 from triptych.encoder import server as encoder
+from triptych.engine.scheduler import Overlap
 from triptych.language import server as language
 from triptych.prefill import server as prefill
 from triptych.router.server import RouterServer
@@ -46,6 +48,8 @@ class Cluster:
     pool_mib: int = 8
     chunk_tokens: int = 512
     kv_mib: int = 8
+    landing_mib: int = 32
+    overlap: Overlap = "adaptive"
     decode_block_size: int = EngineConfig.block_size
     load_format: Literal["auto", "dummy"] = "auto"
     device: str = "cpu"
@@ -96,7 +100,13 @@ class Cluster:
         )
         self.url = router.url
         network = NetworkConfig(router=self.url, transport=self.transport)
-        engine = EngineConfig(kv_mib=self.kv_mib, chunk_tokens=self.chunk_tokens, threads=1)
+        engine = EngineConfig(
+            kv_mib=self.kv_mib,
+            chunk_tokens=self.chunk_tokens,
+            overlap=self.overlap,
+            threads=1,
+        )
+        landing = LandingConfig(self.landing_mib)
         parts: dict[str, Any] = {"network": network, "timeouts": self.timeouts}
         for _ in range(self.encoders):
             self.stages.append(
@@ -107,13 +117,17 @@ class Cluster:
             )
         if self.topology == "E/P/D":
             self.stages.append(
-                prefill.create(PrefillConfig(model, engine=engine, **parts), SECRETS)
+                prefill.create(
+                    PrefillConfig(model, engine=engine, landing=landing, **parts), SECRETS
+                )
             )
             engine = replace(engine, block_size=self.decode_block_size)
             self.stages.append(decode.create(DecodeConfig(model, engine=engine, **parts), SECRETS))
         else:
             self.stages.append(
-                language.create(LanguageConfig(model, engine=engine, **parts), SECRETS)
+                language.create(
+                    LanguageConfig(model, engine=engine, landing=landing, **parts), SECRETS
+                )
             )
         servers = [router.serve(handle_signals=False)]
         servers += [stage.serve(handle_signals=False) for stage in self.stages]

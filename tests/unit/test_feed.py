@@ -12,8 +12,8 @@ import torch
 
 from triptych import wire
 from triptych.config import Timeouts
-from triptych.engine.messages import ItemLanded
-from triptych.errors import SlotGone, TriptychError
+from triptych.engine.messages import Cramped, ItemLanded
+from triptych.errors import SlotGone, TransferFailed, TriptychError
 from triptych.refs import EmbeddingRef
 from triptych.request import ItemMeta
 from triptych.stage.feed import EmbeddingFeed
@@ -60,9 +60,14 @@ class Region:
 class Engine:
     def __init__(self) -> None:
         self.landed: list[tuple[str, int]] = []
+        self.cramped: list[str] = []
 
-    def submit(self, message: ItemLanded) -> None:
-        self.landed.append((message.request_id, message.item))
+    def submit(self, message: ItemLanded | Cramped) -> None:
+        match message:
+            case ItemLanded():
+                self.landed.append((message.request_id, message.item))
+            case Cramped():
+                self.cramped.append(message.request_id)
 
 
 class Rig:
@@ -96,7 +101,7 @@ async def rig(pages: int) -> AsyncIterator[Rig]:
     yield made
     await made.feed.close()
     await made.settle()
-    assert made.pool.used_nbytes == 0 or made.engine.landed
+    assert made.pool.used_nbytes == made.pool.quarantined_nbytes or made.engine.landed
 
 
 async def test_nothing_comes_unasked_and_nothing_twice() -> None:
@@ -138,6 +143,62 @@ async def test_room_is_taken_in_the_order_of_asking() -> None:
             r.feed.end(name)
         await r.settle()
         assert r.pool.used_nbytes == 0
+
+
+async def test_the_engine_is_told_at_once_whose_images_never_are_there_together() -> None:
+    async with rig(2) as r:
+        r.feed.start("a", [item(0), item(1), item(2)])
+        r.feed.wanted([("a", 0), ("a", 1), ("a", 2)])
+        await r.settle()
+        assert r.engine.cramped == ["a"]
+        await r.pull("a", 0)
+        r.feed.consumed("a", 0)
+        await r.settle()
+        assert r.engine.cramped == ["a"] and list(r.encoder.pulls) == [("a", 1), ("a", 2)]
+        r.feed.end("a")
+        await r.settle()
+        r.feed.consumed("a", 0)
+        assert r.pool.used_nbytes == 0
+
+
+async def test_whoever_waits_for_the_room_of_others_is_not_cramped() -> None:
+    async with rig(2) as r:
+        for name, n in (("a", 1), ("b", 2), ("c", 3)):
+            r.feed.start(name, [item(index) for index in range(n)])
+        r.feed.wanted([("a", 0), ("b", 0), ("b", 1), ("c", 0), ("c", 1), ("c", 2)])
+        await r.settle()
+        await r.pull("a", 0)
+        r.feed.consumed("a", 0)
+        await r.settle()
+        assert list(r.encoder.pulls) == [("b", 0), ("b", 1)] and r.engine.cramped == []
+        for index in (0, 1):
+            await r.pull("b", index)
+        r.feed.consumed("b", 0)
+        await r.settle()
+        assert r.engine.cramped == []  # the rest of b's room will come
+        r.feed.consumed("b", 1)
+        await r.settle()
+        assert list(r.encoder.pulls) == [("c", 0), ("c", 1)] and r.engine.cramped == ["c"]
+        for name in "abc":
+            r.feed.end(name)
+        await r.settle()
+        assert r.pool.used_nbytes == 0
+
+
+async def test_room_in_quarantine_is_nobodys() -> None:
+    async with rig(3) as r:
+        r.feed.start("a", [item(0), item(1), item(2)])
+        r.feed.start("b", [item(0)])
+        r.feed.wanted([("b", 0), ("a", 0), ("a", 1), ("a", 2)])
+        await r.settle()
+        assert r.engine.cramped == []
+        r.encoder.pulls["b", 0].set_exception(TransferFailed("broken", quarantine_s=60.0))
+        await r.settle()
+        assert r.engine.cramped == ["a"] and isinstance(r.failed["b"], TransferFailed)
+        for name in "ab":
+            r.feed.end(name)
+        await r.settle()
+        assert r.pool.used_nbytes == r.pool.quarantined_nbytes == PAGE
 
 
 async def test_what_is_withdrawn_makes_room_for_whoever_asks_next() -> None:

@@ -44,6 +44,29 @@ def test_off_computes_nothing_before_all_is_there() -> None:
     assert turn(owner) == [("a", 0, 8)]
 
 
+def test_off_computes_what_never_is_there_all_at_once_as_it_lands() -> None:
+    owner = scheduler(overlap="off")
+    first = prompt("a", 12, items=(Item(2, 4, 2), Item(8, 10, 2)))
+    owner.add(first)
+    first.items[0].where = Rows.LANDED
+    assert turn(owner) == []
+    for name in ("a", "nobody"):
+        owner.cramped(name)
+    owner.add(prompt("b", 3, answer=2))
+    assert turn(owner) == [("a", 0, 8)]
+    assert turn(owner) == [("b", 0, 3)]
+    first.items[0].where, first.items[1].where = Rows.USED, Rows.LANDED
+    assert turn(owner) == [("b", 3, 4), ("a", 8, 12)]
+
+
+def test_adaptive_lets_others_pass_whoever_is_cramped() -> None:
+    owner = scheduler(overlap="adaptive", chunk=10)
+    owner.add(partial("a", first=6))
+    owner.cramped("a")
+    owner.add(prompt("b", 8))
+    assert turn(owner) == [("b", 0, 8), ("a", 0, 2)]
+
+
 def test_adaptive_fills_what_is_left() -> None:
     owner = scheduler(overlap="adaptive", chunk=10)
     first = partial("a", first=6)

@@ -1,8 +1,8 @@
 """What goes into the engine and what comes out. The engine thread and its owner share nothing else.
 
 In: a language worker sends ``AddRequest`` and ``ItemLanded`` (and, for rows that it borrowed,
-``Proven`` or ``Lapsed``); a prefill worker the same with
-``keep_kv``; a decode worker ``Reserve`` and ``StartDecode``; all of them
+``Proven`` or ``Lapsed``; ``Cramped`` where memory for rows is short); a prefill worker the same
+with ``keep_kv``; a decode worker ``Reserve`` and ``StartDecode``; all of them
 ``Cancel``. A message for a request that the engine does not know is ignored: it may have been
 cancelled a moment ago. Out: one ``StepOutput`` for everything that one turn of the loop brought.
 """
@@ -70,6 +70,13 @@ class Lapsed:
 
 
 @dataclass(frozen=True, slots=True)
+class Cramped:
+    """The rest of the request's images can land only when some that are there have been used."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Reserve:
     """Take blocks for ``n_tokens`` (prompt and answer) whose first KV comes from elsewhere."""
 
@@ -100,7 +107,7 @@ class Cancel:
     request_id: str
 
 
-Message = AddRequest | ItemLanded | Proven | Lapsed | Reserve | StartDecode | Cancel
+Message = AddRequest | ItemLanded | Proven | Lapsed | Cramped | Reserve | StartDecode | Cancel
 
 # ------------------------------------------------------------------ out
 

@@ -10,6 +10,7 @@ from triptych.engine.intake import Intake
 from triptych.engine.messages import (
     AddRequest,
     Cancel,
+    Cramped,
     ItemLanded,
     Lapsed,
     Message,
@@ -67,6 +68,8 @@ class Requests:
                     self._publish(result)
             case Lapsed():
                 self._roll_back(message)
+            case Cramped():
+                self._scheduler.cramped(message.request_id)
             case Reserve():
                 self._reserve(message)
             case StartDecode():
@@ -110,16 +113,10 @@ class Requests:
 
     def _land(self, message: ItemLanded) -> None:
         sequence = self.sequences.get(message.request_id)
-        if sequence is None or not 0 <= message.item < len(sequence.items):
+        if sequence is None or not sequence.land(message.item, borrowed=message.borrowed):
             self._out.consumed.append((message.request_id, message.item))
-            return
-        item = sequence.items[message.item]
-        assert item.where is not Rows.LANDED, "an image lands once"
-        if item.where is Rows.USED or (item.where is Rows.RETURNED and not message.borrowed):
-            self._out.consumed.append((message.request_id, message.item))
-            return
-        item.where, item.borrowed = Rows.LANDED, message.borrowed
-        self._runner.land(message.request_id, message.item, message.rows)
+        else:
+            self._runner.land(message.request_id, message.item, message.rows)
 
     def _roll_back(self, message: Lapsed) -> None:
         sequence = self.sequences.get(message.request_id)

@@ -22,11 +22,12 @@ up to their first row that has not landed. Half of the tokens for prompts go fir
 they end, the shortest before the others: a few words do not wait for the images of all who came
 before, and the oldest prompt has the other half. ``overlap`` says what becomes of prompts some of
 whose images have not landed. "always": they are like others. "off": they wait in the queue, where
-others pass them. "adaptive": prompts that are complete go first, into places and into steps; the
-others fill what would be idle otherwise, take blocks from nobody and give theirs up first, and hold
-half of the cache at most while others run. One that has been passed by a certain amount of work
-counts as complete, so that it is not passed forever: its images may not fit where they land all at
-once. There are never more running sequences than tokens in a step: decodes leave room for a prompt.
+others pass them, but for a *cramped* one: its images do not fit where they land all at once, so
+that it is like others. "adaptive": prompts that are complete go first, into places and into steps;
+the others fill what would be idle otherwise, take blocks from nobody and give theirs up first, and
+hold half of the cache at most while others run. One that has been passed by a certain amount of
+work counts as complete, so that it is not passed forever: it may be cramped. There are never more
+running sequences than tokens in a step: decodes leave room for a prompt.
 
 A run, rows that a model computes as a whole, is never cut by a chunk: a chunk ends before a run
 that does not fit, and decodes leave room for the longest one.
@@ -155,6 +156,12 @@ class Scheduler:
             self.blocks.name(sequence.blocks[number], names[number])
         sequence.named = max(sequence.named, len(names))
 
+    def cramped(self, request_id: str) -> None:
+        """Its images will never be there all at once, so that it cannot wait for that."""
+        for entry in self.queue:
+            if isinstance(entry, Sequence) and entry.request_id == request_id:
+                entry.cramped = True
+
     def end(self, request_id: str) -> None:
         """Forget the request, wherever it is, and free its blocks. Idempotent."""
         self.queue = [entry for entry in self.queue if entry.request_id != request_id]
@@ -238,7 +245,9 @@ class Scheduler:
     def _goes_first(self, entry: Sequence | Reservation) -> bool:
         if isinstance(entry, Reservation) or self.overlap == "always" or entry.complete:
             return True
-        return self.overlap == "adaptive" and entry.passed >= PATIENCE * self.chunk_tokens
+        if self.overlap == "off":
+            return entry.cramped
+        return entry.passed >= PATIENCE * self.chunk_tokens
 
     def _may_fill(self, entry: Sequence | Reservation) -> bool:
         """Would it, with its like, leave half of the cache to the others, if there are any?"""

@@ -127,6 +127,8 @@ class Sequence:
     """Tokens of others that were computed while it waited for images."""
     foreseen: int = -1
     """Tokens whose KV was there when its images were first asked for; -1: not yet."""
+    cramped: bool = False
+    """Its images do not fit where they land all at once."""
     scheduled: float | None = None
     """When it was first part of a step, wall-clock seconds; None: not yet."""
     decoding_since: float | None = None
@@ -149,6 +151,17 @@ class Sequence:
         for item in self.items:
             if item.where is Rows.USED:
                 item.where = Rows.AWAY
+
+    def land(self, index: int, *, borrowed: bool) -> bool:
+        """An image's rows are here; False if they are not wanted (any more)."""
+        if not 0 <= index < len(self.items):
+            return False
+        item = self.items[index]
+        assert item.where is not Rows.LANDED, "an image lands once"
+        if item.where is Rows.USED or (item.where is Rows.RETURNED and not borrowed):
+            return False
+        item.where, item.borrowed = Rows.LANDED, borrowed
+        return True
 
     def give_back(self) -> list[int]:
         """The images whose rows are here; they, and those that are still to come, are let go

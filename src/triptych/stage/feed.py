@@ -6,9 +6,11 @@ then. Rows that were not are borrowed again and computed again. Otherwise, for e
 the landing area, then a pull from its encoder, then the rows go to the engine as a view of the
 landing area. The engine says when it has used (or dropped) them, and loan or room are given back.
 Room is taken in the order in which the engine asks, which is that in which it computes, so that
-nobody waits for room that is held by somebody who waits for him. Rows that were given back may be
-asked for again: they are claimed once more, and if their encoder has let go of them the request
-ends with SlotGone, upon which the router has them encoded again.
+nobody waits for room that is held by somebody who waits for him. A request that waits for room
+while nobody but itself has any is *cramped*: the engine is told, since it would wait for its last
+image in vain before it uses the first. Rows that were given back may be asked for again: they are
+claimed once more, and if their encoder has let go of them the request ends with SlotGone, upon
+which the router has them encoded again.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch
 from triptych import wire
 from triptych.config import Timeouts
 from triptych.engine.loop import Engine
-from triptych.engine.messages import ItemLanded, Lapsed, Proven, Used
+from triptych.engine.messages import Cramped, ItemLanded, Lapsed, Proven, Used
 from triptych.errors import PeerRefused, TransferFailed, TriptychError
 from triptych.request import Span
 from triptych.transfer.consumer import Consumer
@@ -101,6 +103,10 @@ class EmbeddingFeed:
         self._turn = asyncio.Lock()
         """Held by the request that takes room. Whoever holds room was asked for before whoever
         waits for it."""
+        self._waiting = ""
+        """The request that took, or takes, room last."""
+        self._rooms: dict[Extent, str] = {}
+        """All of the landing area that is taken, by request."""
         self._requests: dict[str, _Request] = {}
         self._declines: set[asyncio.Task[None]] = set()
         self._extents: dict[tuple[str, int], Extent] = {}
@@ -182,7 +188,7 @@ class EmbeddingFeed:
     def consumed(self, request_id: str, item: int) -> None:
         """The engine will not touch these rows again."""
         if extent := self._extents.pop((request_id, item), None):
-            self._landing.free(extent)
+            self._free(extent)
         if borrowed := self._borrowed.pop((request_id, item), None):
             borrowed.loan.release()
 
@@ -214,9 +220,7 @@ class EmbeddingFeed:
             async with asyncio.TaskGroup() as pulls, self._turn:
                 for coming in wanted:
                     if not self._consumer.in_place(coming.item.ref.owner):
-                        room[coming.index] = await self._landing.allocate(
-                            coming.item.meta.nbytes, self._timeouts.pool
-                        )
+                        room[coming.index] = await self._room(coming)
                     pulls.create_task(self._bring(request, coming, room))
         except* TriptychError as group:
             self._on_failed(wanted[0].request_id, first_error(group))
@@ -224,7 +228,32 @@ class EmbeddingFeed:
             # What is left was cancelled; a pull that is cancelled ends when nothing can be
             # written to its destination any more.
             for extent in room.values():
-                self._landing.free(extent)
+                self._free(extent)
+
+    async def _room(self, coming: _Coming) -> Extent:
+        """Whoever calls it has the turn. Raises Overloaded and PromptTooLong."""
+        nbytes = coming.item.meta.nbytes
+        self._waiting = coming.request_id
+        extent = self._landing.try_allocate(nbytes)
+        if extent is None:
+            self._see_who_is_cramped()
+            extent = await self._landing.allocate(nbytes, self._timeouts.pool)
+        self._rooms[extent] = coming.request_id
+        return extent
+
+    def _free(self, extent: Extent, quarantine_s: float = 0.0) -> None:
+        """Idempotent."""
+        self._rooms.pop(extent, None)
+        if quarantine_s > 0:
+            self._landing.quarantine(extent, quarantine_s)
+        else:
+            self._landing.free(extent)
+        if self._landing.is_waited_for:
+            self._see_who_is_cramped()
+
+    def _see_who_is_cramped(self) -> None:
+        if all(owner == self._waiting for owner in self._rooms.values()):
+            self._engine.submit(Cramped(self._waiting))
 
     async def _bring(self, request: _Request, coming: _Coming, room: dict[int, Extent]) -> None:
         """Where nobody had spoken to the encoder yet, room was taken that may not be needed."""
@@ -232,7 +261,7 @@ class EmbeddingFeed:
         try:
             if await self._consumer.opens_in_place(owner, self._timeouts.embedding):
                 if index in room:
-                    self._landing.free(room.pop(index))
+                    self._free(room.pop(index))
                 await self._borrow(request, coming)
             elif index in room:
                 await self._copy(request, coming, room)
@@ -256,7 +285,8 @@ class EmbeddingFeed:
                 timeout_s=self._timeouts.embedding,
             )
         except TriptychError as exc:
-            self._give_back(room.pop(index), exc)
+            wait = exc.quarantine_s if isinstance(exc, TransferFailed) else 0.0
+            self._free(room.pop(index), wait)
             raise
         if request.coming.get(index) is not coming:
             return
@@ -266,13 +296,6 @@ class EmbeddingFeed:
         self._engine.submit(ItemLanded(request_id, index, rows))
         now = time.time()
         self._report(request_id, index, asked, now - pulled.read_s, pulled.nbytes, pulled.transport)
-
-    def _give_back(self, extent: Extent, exc: TriptychError) -> None:
-        wait = exc.quarantine_s if isinstance(exc, TransferFailed) else 0.0
-        if wait > 0:
-            self._landing.quarantine(extent, wait)
-        else:
-            self._landing.free(extent)
 
     def _report(
         self,

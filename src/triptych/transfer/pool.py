@@ -85,6 +85,11 @@ class Pool:
         """Bytes in use or in quarantine."""
         return self.nbytes - self.free_nbytes
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Does anybody wait for memory?"""
+        return bool(self._waiters)
+
     def try_allocate(self, nbytes: int) -> Extent | None:
         """A group of one: see ``try_allocate_all``."""
         extents = self.try_allocate_all([nbytes])
