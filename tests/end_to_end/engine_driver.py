@@ -33,6 +33,8 @@ from triptych.models.language import LanguageModel
 from triptych.models.loading import load_language
 from triptych.request import Sampling, Span, TokenEvent
 
+START_S = 300.0
+"""On a GPU kernels and layers are compiled."""
 PATIENCE_S = 60.0
 CLOSE_S = 20.0
 TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -200,7 +202,7 @@ class Driver:
         """Rows that the engine has."""
 
     def __enter__(self) -> Driver:
-        self.engine.start()
+        self.engine.start().result(START_S)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -322,3 +322,10 @@ def test_an_answer_that_ended_with_its_first_token_just_frees(driver: Driver) ->
     driver.engine.submit(StartDecode("a", 9, first, 9, GREEDY))
     assert driver.is_empty()
     assert driver.events("a") == []
+
+
+def test_what_is_captured_goes_with_the_engine(family: Family) -> None:
+    """A rank's communicator waits for the end of the graphs in which its operations are."""
+    with Driver(family.language) as driver:
+        driver.engine._runner.graphs = object()  # type: ignore[assignment]
+    assert driver.engine._runner.graphs is None

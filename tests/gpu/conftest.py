@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
+
+# Before anybody imports FlashInfer, which reads it once: kernels take a minute to be built, and
+# otherwise each process, and each test's folder of compiled code, would have them built anew.
+os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", str(Path.home()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ from triptych.engine.kv_cache import KVCache, KVShape
 from triptych.engine.runner import Prompt
 from triptych.engine.scheduler import Work
 from triptych.engine.selftest import selftest
-from triptych.engine.sequence import Sequence
+from triptych.engine.sequence import Phase, Sequence
 from triptych.models.language import LanguageModel
 from triptych.models.loading import load_language
 from triptych.request import Sampling
@@ -84,46 +84,104 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return model
 
 
-def forced(model: LanguageModel, config: EngineConfig, chunk: int) -> list[Tensor]:
-    """Logits of ``STEPS`` forced tokens after each of ``PROMPTS``."""
-    shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
-    memory = torch.zeros(40 * shape.block_nbytes(BLOCK), dtype=torch.uint8, device=DEVICE)
-    compute = Compute(model, memory, config, 128)
-    compute.warm_up()
-    if config.attention != "sdpa":
-        compute.capture()
-        assert compute.runner.graphs is not None
-    sequences, found = [], []
-    generator = torch.Generator().manual_seed(1)
-    for i, n in enumerate(PROMPTS):
-        ids = torch.randint(10, 900, (n + STEPS,), generator=generator).tolist()
-        sequence = Sequence(f"r{i}", n, n + STEPS, Sampling(max_tokens=STEPS), 0.0)
-        sequence.blocks = tuple(range(5 * i, 5 * i + 5))
-        prompt = Prompt.build(model, ids[:n], (), [])
+class Forced:
+    """Requests whose answers are given, each in blocks of its own, which it gets as it grows."""
+
+    def __init__(self, model: LanguageModel, config: EngineConfig, chunk: int) -> None:
+        shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
+        memory = torch.zeros(40 * shape.block_nbytes(BLOCK), dtype=torch.uint8, device=DEVICE)
+        self.compute = Compute(model, memory, config, 128)
+        self.compute.warm_up()
+        if config.attention != "sdpa":
+            self.compute.capture()
+            assert self.compute.runner.graphs is not None
+        self.runner = self.compute.runner
+        self.chunk = chunk
+        self.model = model
+        self.blocks: dict[str, range] = {}
+        generator = torch.Generator().manual_seed(1)
+        self.ids = [
+            torch.randint(10, 900, (n + STEPS,), generator=generator).tolist() for n in PROMPTS
+        ]
+
+    def add(self, name: str, i: int, blocks: range) -> Sequence:
+        n = PROMPTS[i]
+        sequence = Sequence(name, n, n + STEPS, Sampling(max_tokens=STEPS), 0.0)
+        self.blocks[name] = blocks
+        prompt = Prompt.build(self.model, self.ids[i][:n], (), [])
         sequence.next_position = prompt.next_position
-        compute.runner.add(sequence.request_id, prompt)
-        for start in range(0, n, chunk):
-            stop = min(n, start + chunk)
-            logits = compute.runner.logits([Work(sequence, start, stop)])
+        self.runner.add(name, prompt)
+        return sequence
+
+    def prefill(self, sequence: Sequence) -> Tensor:
+        """Logits of the next token."""
+        for start in range(sequence.computed, sequence.n_prompt, self.chunk):
+            stop = min(sequence.n_prompt, start + self.chunk)
+            logits = self.runner.logits([self.work(sequence, start, stop)])
+            sequence.computed = stop
         assert logits is not None
-        found.append(logits.clone())
-        sequence.computed = n
-        sequences.append((sequence, ids[n:]))
-    for step in range(STEPS):
-        for sequence, answer in sequences:
-            sequence.output.append(answer[step])
-        work = [Work(s, s.computed, s.computed + 1) for s, _ in sequences]
-        logits = compute.runner.logits(work)
+        sequence.phase = Phase.DECODE
+        return logits.clone()
+
+    def decode(self, sequences: list[Sequence]) -> Tensor:
+        work = [self.work(s, s.computed, s.computed + 1) for s in sequences]
+        logits = self.runner.logits(work)
         assert logits is not None
-        found.append(logits.clone())
-        for sequence, _ in sequences:
+        for sequence in sequences:
             sequence.computed += 1
+        return logits.clone()
+
+    def work(self, sequence: Sequence, start: int, stop: int) -> Work:
+        sequence.blocks = tuple(self.blocks[sequence.request_id][: -(-stop // BLOCK)])
+        return Work(sequence, start, stop)
+
+    def preempt(self, sequence: Sequence, blocks: range) -> None:
+        self.runner.preempt(sequence.request_id, sequence.output)
+        sequence.preempt()
+        self.blocks[sequence.request_id] = blocks
+
+
+def forced(
+    model: LanguageModel,
+    config: EngineConfig,
+    chunk: int,
+    *,
+    preempts: bool = False,
+    finds: bool = False,
+) -> list[Tensor]:
+    """Logits of ``STEPS`` forced tokens after each of ``PROMPTS``.
+
+    ``preempts``: the first is computed again from its first token, in other blocks, amid its
+    answer. ``finds``: the first two blocks of its prompt are those of an earlier request.
+    """
+    f = Forced(model, config, chunk)
+    sequences = [f.add(f"r{i}", i, range(5 * i, 5 * i + 5)) for i in range(len(PROMPTS))]
+    if finds:
+        f.prefill(f.add("earlier", 0, range(5)))
+        f.runner.forget("earlier")
+        sequences[0].computed = 2 * BLOCK
+    found = [f.prefill(sequence) for sequence in sequences]
+    for step in range(STEPS):
+        for i, sequence in enumerate(sequences):
+            sequence.output.append(f.ids[i][PROMPTS[i] + step])
+        if preempts and step == STEPS // 2:
+            f.preempt(sequences[0], range(20, 25))
+            again = f.prefill(sequences[0])
+            found.append(torch.cat([again, f.decode(sequences[1:])]))
+        else:
+            found.append(f.decode(sequences))
     return found
 
 
-@pytest.mark.parametrize("chunk", [16, 64])
-def test_captured_steps_give_the_logits_of_plain_ones(model: LanguageModel, chunk: int) -> None:
-    ours = forced(model, EngineConfig(chunk_tokens=64, max_sequences=4), chunk)
+@pytest.mark.parametrize(
+    ("chunk", "preempts", "finds"), [(16, False, False), (64, False, True), (64, True, False)]
+)
+def test_captured_steps_give_the_logits_of_plain_ones(
+    model: LanguageModel, chunk: int, preempts: bool, finds: bool
+) -> None:
+    """Sequences grow into their fourth block while they decode."""
+    config = EngineConfig(chunk_tokens=64, max_sequences=4)
+    ours = forced(model, config, chunk, preempts=preempts, finds=finds)
     with torch.compiler.set_stance("force_eager"):
         theirs = forced(model, EngineConfig(attention="sdpa", chunk_tokens=64), chunk)
     scale = max(float(rows.abs().max()) for rows in theirs)

@@ -78,5 +78,7 @@ def test_bfloat16_compiled_and_captured(folder: Path) -> None:
                 answers = [driver.answer(name) for name in names]
                 assert all(len(answer) == GREEDY.max_tokens for answer in answers)
                 assert all(token < 1023 for answer in answers for token in answer), "no filled row"
+            assert driver.engine._runner.graphs is not None
+        assert driver.engine._runner.graphs is None, "what is captured would outlive the group"
     finally:
         group.close()

@@ -114,6 +114,7 @@ class Engine:
             self._finish(self._launched)  # it writes to memory that others will have
         self._requests.fail_all(WorkerLost("the engine was closed"))
         self._flush()
+        self._runner.let_go()
 
     def _turn(self) -> bool:
         """The results of a step, while the one behind it computes if that can be launched already.

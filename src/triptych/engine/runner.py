@@ -186,6 +186,11 @@ class Runner:
         self._prompts.pop(request_id, None)
         self._leave_place(request_id)
 
+    def let_go(self) -> None:
+        """Of captured steps, after the last. Those of several ranks hold the ranks' communicator,
+        whose end waits for theirs."""
+        self.graphs = None
+
     def _leave_place(self, request_id: str) -> None:
         table = self._tables.pop(request_id, None)
         if table is not None:

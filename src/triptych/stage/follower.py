@@ -100,6 +100,7 @@ def main(arguments: list[str]) -> int:
     compute.warm_up()
     compute.capture()
     Follower(model, compute.runner).run(member.commands())
+    compute.runner.let_go()
     links.result().close()
     leave()
     return 0
