@@ -48,8 +48,11 @@ def whole_processor(processor: Processor) -> Any:
     return hf
 
 
-def processed(processor: Processor, conversation: list[Any]) -> dict[str, Any]:
-    """What Transformers' processor makes of a conversation: tensors, of a batch of one."""
+def processed(processor: Processor, conversation: list[Any], **images: Any) -> dict[str, Any]:
+    """What Transformers' processor makes of a conversation: tensors, of a batch of one.
+
+    ``images``: what its image processor is told besides.
+    """
     with warnings.catch_warnings():
         # Some processors hand tensors to NumPy.
         warnings.filterwarnings("ignore", "__array", DeprecationWarning)
@@ -59,5 +62,6 @@ def processed(processor: Processor, conversation: list[Any]) -> dict[str, Any]:
             return_dict=True,
             return_tensors="pt",
             add_generation_prompt=True,
+            processor_kwargs={"images_kwargs": images},
         )
     return {name: value for name, value in made.items() if name not in FOR_THE_TEXT}

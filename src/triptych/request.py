@@ -9,6 +9,10 @@ import msgspec
 Kind = Literal["image", "video"]
 """Of an item: what a request has besides text."""
 KINDS: tuple[Kind, ...] = ("image", "video")
+Detail = Literal["high", "low"]
+"""How large a model sees an image: as its processor makes it, or within ``LOW_SIDE``."""
+LOW_SIDE = 512
+"""Pixels: an image of low detail has at most the area of such a square."""
 
 
 class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -25,9 +25,9 @@ from triptych.capabilities import ModelIdentity as ModelIdentity
 from triptych.capabilities import TransportOffer as TransportOffer
 from triptych.capabilities import mismatch as mismatch
 from triptych.refs import AnyRef, EmbeddingRef, KVLayout, KVRef
-from triptych.request import ItemMeta, Kind, Sampling, Span, TokenEvent
+from triptych.request import Detail, ItemMeta, Kind, Sampling, Span, TokenEvent
 
-VERSION = 5
+VERSION = 6
 """Of this file's messages. Peers of another version are refused at hello, both named."""
 MAX_FRAME = 16 << 20
 """Bytes of the largest channel frame."""
@@ -228,6 +228,8 @@ class EncodeItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     data: bytes | None = None
     """The raw file; None asks whether it is known already."""
     kind: Kind = "image"
+    detail: Detail = "high"
+    """Of an image."""
 
 
 class EncodeRequest(Message, frozen=True, tag="encode"):

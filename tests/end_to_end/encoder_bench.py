@@ -24,7 +24,7 @@ from triptych.media.processor import Processor
 from triptych.models.loading import identity, load_encoder
 from triptych.models.vision import VisionModel
 from triptych.refs import EmbeddingRef
-from triptych.request import Kind, Span
+from triptych.request import Detail, Kind, Span
 from triptych.transfer.producer import Producer
 from triptych.transfer.region import Region
 
@@ -50,9 +50,12 @@ def request(
     data: bool = True,
     kind: Kind = "image",
     wait: bool = True,
+    detail: Detail = "high",
 ) -> wire.EncodeRequest:
     items = tuple(
-        wire.EncodeItem(index, hashlib.sha256(file).hexdigest(), file if data else None, kind)
+        wire.EncodeItem(
+            index, hashlib.sha256(file).hexdigest(), file if data else None, kind, detail
+        )
         for index, file in enumerate(files)
     )
     return wire.EncodeRequest(

@@ -79,14 +79,25 @@ class Reference:
             self.processor.hf.image_processor.device = device
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
-    @torch.inference_mode()
     def answer(
         self, seeds: list[int], text: str, max_tokens: int, sampling: Sampling | None = None
     ) -> Expected:
         """Answer to ``question(seeds, text)``: greedy, or as ``sampling`` draws."""
-        parts: list[dict[str, Any]] = [{"type": "image", "image": picture(s)} for s in seeds]
+        return self.about([picture(seed) for seed in seeds], text, max_tokens, sampling)
+
+    @torch.inference_mode()
+    def about(
+        self,
+        images: list[Image.Image],
+        text: str,
+        max_tokens: int,
+        sampling: Sampling | None = None,
+        **limits: Any,
+    ) -> Expected:
+        """The same about any images. ``limits``: what the image processor is told."""
+        parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
         content = [*parts, {"type": "text", "text": text}]
-        inputs = processed(self.processor, [{"role": "user", "content": content}])
+        inputs = processed(self.processor, [{"role": "user", "content": content}], **limits)
         inputs = {name: value.to("cpu") for name, value in inputs.items()}
         out = self.model.generate(
             **inputs,

@@ -13,6 +13,7 @@ from tests.unit.conftest import TinyModel
 from triptych import wire
 from triptych.config import MediaLimits
 from triptych.encoder.planner import Planner
+from triptych.request import Detail
 
 IDENTITY = wire.ModelIdentity("name", "fingerprint", "float32", "pil")
 ITEM = wire.EncodeItem(0, hashlib.sha256(b"file").hexdigest())
@@ -26,9 +27,11 @@ class Settings:
     fingerprint: str = "images"
     video_fingerprint: str = "videos"
     alone: str = ""
+    less: str = ""
+    """What low detail changes."""
 
-    def context(self, images_in_request: int) -> str:
-        return self.alone if images_in_request == 1 else ""
+    def context(self, images_in_request: int, detail: Detail) -> str:
+        return (self.alone if images_in_request == 1 else "") + self.less * (detail == "low")
 
 
 def key(
@@ -58,6 +61,7 @@ def test_whatever_decides_the_bytes_makes_another_key() -> None:
         changed(Settings(backend="torchvision on cuda")),
         changed(Settings(fingerprint="other pixels")),
         changed(Settings(alone="alone")),
+        changed(Settings(less="size"), msgspec.structs.replace(ITEM, detail="low")),
         changed(Settings(video_fingerprint="x"), msgspec.structs.replace(ITEM, kind="video")),
     ]
     assert len(set(keys)) == len(keys)
@@ -68,6 +72,7 @@ def test_nothing_else_does() -> None:
         changed(),
         changed(item=msgspec.structs.replace(ITEM, index=7, data=b"file")),
         changed(images=5),
+        changed(item=msgspec.structs.replace(ITEM, detail="low")),  # which changes nothing there
         changed(name="another folder"),
         changed(Settings(video_fingerprint="other videos")),
     ]

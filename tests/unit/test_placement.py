@@ -56,10 +56,10 @@ def test_nobody_is_given_an_image_that_another_would_have_much_sooner(
     now = {c.worker_id: c.load for c in candidates}
     seen: dict[str, str] = {}
     for item, chosen in sorted(zip(items, placed, strict=True), key=lambda pair: -pair[0].patches):
-        if item.digest in seen:
-            assert chosen == seen[item.digest]  # whose forward serves both
+        if item.content in seen:
+            assert chosen == seen[item.content]  # whose forward serves both
             continue
-        seen[item.digest] = chosen
+        seen[item.content] = chosen
         assert now[chosen] + item.patches <= BOUND * (min(now.values()) + item.patches)
         now[chosen] += item.patches
 
@@ -112,7 +112,9 @@ def test_an_image_goes_where_it_has_been_unless_that_takes_longer_than_encoding_
 
         def candidates(load: int, holder: str = holder) -> list[Candidate]:
             return [
-                Candidate(w, load if w == holder else 0, known={item.digest} if w == holder else ())
+                Candidate(
+                    w, load if w == holder else 0, known={item.content} if w == holder else ()
+                )
                 for w in ("encoder-0", "encoder-1")
             ]
 
@@ -133,7 +135,8 @@ def test_a_worker_that_goes_moves_only_its_own_images() -> None:
 
 def test_what_an_item_costs() -> None:
     assert estimated_patches(500_000, (1920, 1080)) == 1920 * 1080 // 196
-    assert estimated_patches(10, (1, 1)) == 1
+    assert estimated_patches(500_000, (1920, 1080), "low") == 512 * 512 // 196
+    assert estimated_patches(10, (1, 1)) == estimated_patches(10, (1, 1), "low") == 1
     assert estimated_patches(20, None) == 1
     hour, minute = estimated_patches(60 << 20, None), estimated_patches(1 << 20, None)
     assert hour == pytest.approx(60 * minute, rel=0.01)

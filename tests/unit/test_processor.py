@@ -136,7 +136,7 @@ def test_transparency_as_transformers_shows_it(processor: Processor) -> None:
 
 
 def test_the_context_is_part_of_the_key_only_where_it_matters(processor: Processor) -> None:
-    one, two, five = (processor.context(count) for count in (1, 2, 5))
+    one, two, five = (processor.context(count, "high") for count in (1, 2, 5))
     assert two == five
     header = ImageHeader(160, 80, "PNG")
     assert (one == two) == (processor.plan(header, 1) == processor.plan(header, 2))

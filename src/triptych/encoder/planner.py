@@ -45,7 +45,7 @@ class Planner:
     def key(self, item: wire.EncodeItem, images_in_request: int) -> str:
         """Everything that decides the bytes of an embedding, and nothing else."""
         processor = self._processor
-        processed = [processor.fingerprint, processor.context(images_in_request)]
+        processed = [processor.fingerprint, processor.context(images_in_request, item.detail)]
         if item.kind == "video":
             processed = [processor.video_fingerprint]
         facts = (
@@ -97,8 +97,9 @@ class Planner:
             raw = RawVideo(item.data, item.digest, found, plan)
         else:
             header = image.read_header(item.data, self._limits)
-            plan = self._processor.plan(header, message.images_in_request)
-            raw = RawImage(item.data, item.digest, header, message.images_in_request)
+            context = message.images_in_request, item.detail
+            plan = self._processor.plan(header, *context)
+            raw = RawImage(item.data, item.digest, header, *context)
         meta = ItemMeta(
             key=key,
             text=plan.text,

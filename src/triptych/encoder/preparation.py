@@ -27,6 +27,7 @@ from triptych.media.video import VideoHeader
 from triptych.media.video import decode as decode_video
 from triptych.models.stream import settle
 from triptych.models.vision import VisionModel
+from triptych.request import Detail
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class RawImage:
     """SHA-256 that ``data`` should have (hex)."""
     header: ImageHeader
     images_in_request: int
+    detail: Detail
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Preparer:
         promised = (item.header.width, item.header.height)
         if pixels.size != promised:
             raise BadMedia(f"the image's header says {promised}, its pixels are {pixels.size}")
-        return partial(self._preprocess, pixels, item.images_in_request, began, time.time())
+        return partial(self._preprocess, pixels, item, began, time.time())
 
     def _decoded(self, future: Future[Prepared], decoding: Future[LastStep]) -> None:
         if decoding.cancelled() or decoding.exception() is not None:
@@ -127,10 +129,11 @@ class Preparer:
             last.add_done_callback(partial(_settle, future))
 
     def _preprocess(
-        self, pixels: Image.Image, images_in_request: int, began: float, decoded: float
+        self, pixels: Image.Image, item: RawImage, began: float, decoded: float
     ) -> Prepared:
         preprocessing = time.time()
-        inputs = self._model.stage(self._processor.preprocess(pixels, images_in_request))
+        made = self._processor.preprocess(pixels, item.images_in_request, item.detail)
+        inputs = self._model.stage(made)
         return Prepared(inputs, began, decoded, preprocessing, time.time())
 
     def _stage(self, inputs: dict[str, Tensor], began: float, decoded: float) -> Prepared:

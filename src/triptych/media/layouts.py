@@ -17,6 +17,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from triptych.errors import UnsupportedModel
 from triptych.media.image import ImageHeader
+from triptych.request import LOW_SIDE, Detail
 
 Json = dict[str, Any]
 MOST_PIXELS_A_SIDE = 4096
@@ -41,29 +42,51 @@ class Parts:
     """The processor class."""
     vision: Any
     """The vision tower's configuration."""
+    options: Json
+    """What the image processor is asked for, as ``options`` says."""
 
     @property
     def images(self) -> Any:
         """The image processor."""
         return self.hf.image_processor
 
+    @property
+    def size(self) -> Any:
+        """As the image processor uses it."""
+        return self.options.get("size", self.images.size)
 
-def options(family: str, hf: Any) -> Json:
-    """What the processor class asks of its image processor, whatever that one's own settings say.
 
-    ``hf``: the processor class.
+def options(family: str, hf: Any, detail: Detail = "high") -> Json:
+    """What the processor class asks of its image processor, whatever that one's own settings say,
+    and for low detail what keeps images small there.
+
+    ``hf``: the processor class. Families that say nothing of low detail know one size only.
     """
+    images = hf.image_processor
     match family:
         case "internvl":
-            return {"crop_to_patches": True}
+            return {"crop_to_patches": detail == "high"}
+        case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl" if detail == "low":
+            return _at_most(images.size, LOW_SIDE**2)
+        case "glm4v" if detail == "low":  # which counts an image's pixels once for each frame
+            return _at_most(images.size, images.temporal_patch_size * LOW_SIDE**2)
+        case "idefics3" | "smolvlm" if detail == "low":
+            return {"do_image_splitting": False}
         case "gemma3":
             return {"do_convert_rgb": True, "do_pan_and_scan": False}
         case "llava_next":
             return {"do_pad": True}
         case "mistral3" | "pixtral":
-            return {"patch_size": hf.patch_size * hf.spatial_merge_size}
+            limit = _at_most(images.size, LOW_SIDE) if detail == "low" else {}
+            return {"patch_size": hf.patch_size * hf.spatial_merge_size, **limit}
         case _:
             return {}
+
+
+def _at_most(size: Any, limit: int) -> Json:
+    """The option that brings ``size`` below ``limit``; nothing if it is there."""
+    smaller = {name: min(side, limit) for name, side in dict(size).items()}
+    return {} if smaller == dict(size) else {"size": smaller}
 
 
 def layout(family: str, parts: Parts, header: ImageHeader, images_in_request: int) -> Layout:
@@ -81,8 +104,8 @@ def _qwen(parts: Parts, header: ImageHeader, images_in_request: int) -> Layout:
         header.height,
         header.width,
         factor=images.patch_size * images.merge_size,
-        min_pixels=images.size["shortest_edge"],
-        max_pixels=images.size["longest_edge"],
+        min_pixels=parts.size["shortest_edge"],
+        max_pixels=parts.size["longest_edge"],
     )
     return _grid(sides, images.patch_size)
 
@@ -95,8 +118,8 @@ def _glm(parts: Parts, header: ImageHeader, images_in_request: int) -> Layout:
         width=header.width,
         temporal_factor=images.temporal_patch_size,
         factor=images.patch_size * images.merge_size,
-        min_pixels=images.size["shortest_edge"],
-        max_pixels=images.size["longest_edge"],
+        min_pixels=parts.size["shortest_edge"],
+        max_pixels=parts.size["longest_edge"],
     )
     return _grid(sides, images.patch_size)
 
@@ -112,10 +135,9 @@ def _grid(sides: tuple[int, int], patch: int) -> Layout:
 
 
 def _pixtral(parts: Parts, header: ImageHeader, images_in_request: int) -> Layout:
-    patch, size = parts.hf.patch_size * parts.hf.spatial_merge_size, parts.images.size
-    limits = (
-        (size["longest_edge"],) * 2 if size["longest_edge"] else (size["height"], size["width"])
-    )
+    patch, size = parts.hf.patch_size * parts.hf.spatial_merge_size, dict(parts.size)
+    longest = size.get("longest_edge")
+    limits = (longest, longest) if longest else (size["height"], size["width"])
     height, width = header.height, header.width
     ratio = max(height / limits[0], width / limits[1])
     if ratio > 1:
@@ -167,9 +189,7 @@ def _llava(parts: Parts, header: ImageHeader, images_in_request: int) -> Layout:
 
 
 def _internvl(parts: Parts, header: ImageHeader, images_in_request: int) -> Layout:
-    tiles = parts.images.get_number_of_image_patches(
-        header.height, header.width, options("internvl", parts.hf)
-    )
+    tiles = parts.images.get_number_of_image_patches(header.height, header.width, parts.options)
     height, width = parts.vision.image_size
     return Layout({"num_patches": [tiles]}, None, tiles * _patches(parts, height, width))
 
@@ -178,7 +198,7 @@ def _idefics(parts: Parts, header: ImageHeader, images_in_request: int) -> Layou
     images = parts.images
     tile = images.max_image_size["longest_edge"]
     rows, columns = 0, 0
-    if images.do_image_splitting:
+    if parts.options.get("do_image_splitting", images.do_image_splitting):
         # Not ``get_number_of_image_patches``: its height is not that of the resized image.
         tall, wide = _tiled(*_longest_edge(images.size, header), tile)
         if max(tall, wide) > tile:

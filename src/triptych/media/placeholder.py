@@ -45,6 +45,10 @@ VIDEO_MARKERS = {
     "qwen3_vl": Marker("video_token", "<|video_pad|>"),
 }
 
+NEVER_SMALLER = frozenset({"llava_next"})
+"""Whose images have as many tiles as their shape asks for, and nothing says fewer: the model
+finds their number by its own configuration, whatever its processor is told."""
+
 
 def family(config: Any) -> str:
     """What decides how items are laid out. ``config``: the checkpoint's configuration.

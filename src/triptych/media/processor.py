@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -34,10 +34,11 @@ from triptych.media.clips import VideoPlan, VideoProcessor
 from triptych.media.image import ImageHeader
 from triptych.media.layouts import Parts, layout, options
 from triptych.media.pixtral import PixtralText
-from triptych.media.placeholder import VIDEO_MARKERS, family, placeholder
+from triptych.media.placeholder import NEVER_SMALLER, VIDEO_MARKERS, family, placeholder
 from triptych.media.video import Frame, VideoHeader
 from triptych.models.refusals import image_token_id, video_token_id
 from triptych.models.stream import Stream
+from triptych.request import Detail
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,22 @@ class Processor:
         self.row_token = self._checked_row_token()
         """What stands for an embedding row in a text."""
         self._videos = self._video_processor(source)
-        self._parts = Parts(self.hf, self._config.vision_config)
-        self._options = options(self._family, self.hf)
+        self._parts = {
+            detail: Parts(
+                self.hf, self._config.vision_config, options(self._family, self.hf, detail)
+            )
+            for detail in get_args(Detail)
+        }
         self.fingerprint = _hash(
             {
                 "processor": type(self._images).__name__,
                 "settings": json.loads(self._images.to_json_string()),
-                "options": self._options,
+                "options": self._parts["high"].options,
                 "transformers": transformers.__version__,
             }
         )
-        """Hash of everything that decides which pixels of an image the model sees."""
+        """Hash of everything that decides which pixels of an image the model sees, but for the
+        request's ``context``."""
         self.video_fingerprint = ""
         """The same for videos."""
         if isinstance(self._videos, VideoProcessor):
@@ -109,35 +115,51 @@ class Processor:
         """Are images preprocessed on a GPU?"""
         return self._device.type == "cuda"
 
-    def context(self, images_in_request: int) -> str:
-        """What in the request, besides the image, decides its rows: part of its content key."""
-        if self._family != "llava_onevision":
-            return ""
-        return "alone" if images_in_request == 1 else "among others"
+    def context(self, images_in_request: int, detail: Detail) -> str:
+        """What in the request, besides the image, decides its rows: part of its content key.
 
-    def plan(self, header: ImageHeader, images_in_request: int) -> Plan:
+        Raises BadRequest: the family has no such detail.
+        """
+        if detail == "low" and self._family in NEVER_SMALLER:
+            raise BadRequest(f"{self._family} has no low detail")
+        if self._family == "llava_onevision":
+            return "alone" if self._together(images_in_request, detail) == 1 else "among others"
+        high, asked = self._parts["high"].options, self._parts[detail].options
+        return "" if asked == high else json.dumps(asked, sort_keys=True)
+
+    def _together(self, images_in_request: int, detail: Detail) -> int:
+        """How many images the family's processor is to believe in. A small one of LLaVA-OneVision
+        is one tile, as are those of a request of several."""
+        small = detail == "low" and self._family == "llava_onevision"
+        return max(images_in_request, 2) if small else images_in_request
+
+    def plan(self, header: ImageHeader, images_in_request: int, detail: Detail = "high") -> Plan:
         """Text, rows, grid and patches of an image, from its header.
 
         Raises BadMedia: a shape that the model's processor refuses.
         """
+        together = self._together(images_in_request, detail)
         try:
-            found = layout(self._family, self._parts, header, images_in_request)
+            found = layout(self._family, self._parts[detail], header, together)
         except ValueError as exc:
             raise BadMedia(f"the model cannot take the image: {exc}") from exc
         text = str(self.hf.replace_image_token(found.facts, 0))
         return Plan(text, text.count(self.row_token), found.grid, found.patches)
 
-    def preprocess(self, image: Image.Image, images_in_request: int) -> dict[str, Tensor]:
+    def preprocess(
+        self, image: Image.Image, images_in_request: int, detail: Detail = "high"
+    ) -> dict[str, Tensor]:
         """The model's vision inputs of one RGB image: ``pixel_values`` float32 and its sizes.
 
         Where the backend says so they are made, and stay, on the GPU; they are complete when this
         returns. Raises BadMedia: a shape that the model's processor refuses.
         """
         images = [image]
-        if self.context(images_in_request) == "among others":
+        together = self._together(images_in_request, detail)
+        if self._family == "llava_onevision" and together > 1:
             # The processor looks at how many images it is given; a second one makes it several.
             images = [image, Image.new("RGB", (1, 1))]
-        options = dict(self._options)
+        options = dict(self._parts[detail].options)
         if self.on_gpu:
             options["device"] = self._device
         try:
@@ -147,7 +169,7 @@ class Processor:
         except ValueError as exc:
             raise BadMedia(f"the model cannot take the image: {exc}") from exc
         complete()
-        return self._model_inputs(inputs, images_in_request)
+        return self._model_inputs(inputs, together)
 
     # ------------------------------------------------------------------ videos
 

@@ -74,7 +74,7 @@ class Attempt:
         for index, (worker, item) in enumerate(zip(self.encoders, items, strict=True)):
             self._choose(worker)
             self._charge(worker, item.patches, index)
-            worker.recent.add([item.digest])
+            worker.recent.add([item.content])
 
     def found_cached(self, indices: Iterable[int]) -> None:
         """These items need no forward."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from triptych.errors import BadMedia, BadVideo, TriptychError
-from triptych.request import KINDS, Kind, Sampling
+from triptych.request import KINDS, Detail, Kind, Sampling
 from triptych.router.admission import Place
 from triptych.router.body import Inline
 from triptych.router.openai import SEED_BITS, ChatRequest, ItemInput
@@ -25,6 +25,12 @@ class File:
     """SHA-256, hex."""
     patches: int
     """What its forward costs, about."""
+    detail: Detail = "high"
+
+    @property
+    def content(self) -> str:
+        """What is encoded, as placement compares it."""
+        return f"{self.digest} {self.detail}"
 
 
 def counted(files: Sequence[File]) -> str:

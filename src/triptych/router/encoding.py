@@ -43,7 +43,7 @@ class Encoding:
         if not files:
             return []
         await self._membership.wait_for(lambda: ("encoder",), self._timeouts.worker)
-        attempt.place_items([Item(file.digest, file.patches) for file in files], call.avoided)
+        attempt.place_items([Item(file.content, file.patches) for file in files], call.avoided)
         shares: dict[Worker, list[int]] = {}
         for index, worker in enumerate(attempt.encoders):
             shares.setdefault(worker, []).append(index)
@@ -105,7 +105,10 @@ class Encoding:
         message = wire.EncodeRequest(
             request_id=attempt.wire_id,
             items=tuple(
-                wire.EncodeItem(i, files[i].digest, sent.get(i), files[i].kind) for i in indices
+                wire.EncodeItem(
+                    i, files[i].digest, sent.get(i), files[i].kind, detail=files[i].detail
+                )
+                for i in indices
             ),
             images_in_request=call.count("image"),
             wait=call.patient,

@@ -11,10 +11,11 @@ from triptych.config import RouterConfig
 from triptych.errors import BadMedia, BadRequest, ClientError
 from triptych.media.fetch import check_size, fetch
 from triptych.media.size import image_size
-from triptych.request import KINDS, Kind
+from triptych.request import KINDS
 from triptych.router.attempt import together
 from triptych.router.call import Call, File
 from triptych.router.offload import INLINE_NBYTES, offload
+from triptych.router.openai import ItemInput
 from triptych.router.placement import estimated_patches
 from triptych.router.timelines import Timelines
 
@@ -61,7 +62,7 @@ class Files:
         try:
             if inline is not None:
                 check_size(inline.nbytes, most)
-                file = await offload(inline.nbytes <= INLINE_NBYTES, _file, item.kind, inline.data)
+                file = await offload(inline.nbytes <= INLINE_NBYTES, _file, item, inline.data)
             else:
                 data = await fetch(
                     item.url,
@@ -70,7 +71,7 @@ class Files:
                     allow_private=self._config.allow_private_media,
                     root=self._config.allowed_media_root,
                 )
-                file = await offload(len(data) <= INLINE_NBYTES, _file, item.kind, lambda: data)
+                file = await offload(len(data) <= INLINE_NBYTES, _file, item, lambda: data)
         except ClientError as error:
             error.item = index
             raise
@@ -81,9 +82,10 @@ class Files:
         return file
 
 
-def _file(kind: Kind, data: Callable[[], bytes]) -> File:
+def _file(item: ItemInput, data: Callable[[], bytes]) -> File:
     """Large ones are put together and hashed on a thread, which leaves the interpreter alone."""
     found = data()
-    size = image_size(found) if kind == "image" else None
+    size = image_size(found) if item.kind == "image" else None
     digest = hashlib.sha256(found).hexdigest()
-    return File(kind, found, digest, estimated_patches(len(found), size))
+    patches = estimated_patches(len(found), size, item.detail)
+    return File(item.kind, found, digest, patches, item.detail)

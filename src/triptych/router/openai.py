@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from triptych.errors import BadRequest, ClientError, Overloaded, TriptychError, Unauthorized
-from triptych.request import Kind
+from triptych.request import Detail, Kind
 
 MAX_STOPS = 4
 MAX_TOP_LOGPROBS = 20
@@ -32,8 +32,8 @@ class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class ImageURL(Strict, frozen=True):
     url: str
-    detail: Literal["auto", "high"] | None = None
-    """Both: what the model's own processor makes of the image. OpenAI's "low" is refused."""
+    detail: Literal["auto", "high", "low"] | None = None
+    """"auto" is "high": what the model's own processor makes of the image."""
 
 
 class TextPart(Strict, frozen=True, tag_field="type", tag="text"):
@@ -150,7 +150,10 @@ class ChatRequest(Strict, frozen=True):
             for j, part in enumerate(message.content if isinstance(message.content, list) else ()):
                 where = f"messages[{i}].content[{j}]"
                 if isinstance(part, ImagePart):
-                    found.append(ItemInput("image", part.image_url.url, f"{where}.image_url"))
+                    detail: Detail = "low" if part.image_url.detail == "low" else "high"
+                    found.append(
+                        ItemInput("image", part.image_url.url, f"{where}.image_url", detail)
+                    )
                 elif isinstance(part, VideoPart):
                     found.append(ItemInput("video", part.video_url.url, f"{where}.video_url"))
         return found
@@ -179,6 +182,7 @@ class ItemInput:
     url: str
     param: str
     """JSON path of the part that names it."""
+    detail: Detail = "high"
 
 
 def _for_template(message: ChatMessage) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from triptych.request import LOW_SIDE, Detail
+
 BOUND = 1.25
 """An image goes to the encoder that its content prefers while it ends there no later than this
 multiple of the earliest time that another could have it ready."""
@@ -37,14 +39,15 @@ class Candidate:
     room: int = 0
     """Tokens that its KV cache holds in all; 0: none, or not said."""
     known: Container[str] = frozenset()
-    """What it has had lately: digests of images at an encoder, prefixes of prompts elsewhere."""
+    """What it has had lately: contents of items at an encoder, prefixes of prompts elsewhere."""
 
 
 @dataclass(frozen=True)
 class Item:
     """An image or video as placement sees it."""
 
-    digest: str
+    content: str
+    """Items of the same content are encoded once."""
     patches: int
     """What its forward costs, about."""
 
@@ -86,22 +89,22 @@ def spread_items(items: Sequence[Item], encoders: Sequence[Candidate]) -> list[s
     known = {encoder.worker_id: encoder.known for encoder in encoders}
     placed: dict[str, str] = {}
     for item in sorted(items, key=lambda item: item.patches, reverse=True):
-        if item.digest in placed:
+        if item.content in placed:
             continue  # the same image once more
-        has = {worker_id: item.digest in known[worker_id] for worker_id in loads}
+        has = {worker_id: item.content in known[worker_id] for worker_id in loads}
         cost = {worker_id: 0 if has[worker_id] else item.patches for worker_id in loads}
         soonest = min(loads[worker_id] + cost[worker_id] for worker_id in loads)
         wanted = sorted(
             (w for w in loads if loads[w] + cost[w] <= BOUND * soonest),
-            key=lambda w: (has[w], _affinity(item.digest, w)),
+            key=lambda w: (has[w], _affinity(item.content, w)),
         )
         chosen = wanted[-1]
         loads[chosen] += cost[chosen]
-        placed[item.digest] = chosen
-    return [placed[item.digest] for item in items]
+        placed[item.content] = chosen
+    return [placed[item.content] for item in items]
 
 
-def estimated_patches(nbytes: int, size: tuple[int, int] | None) -> int:
+def estimated_patches(nbytes: int, size: tuple[int, int] | None, detail: Detail = "high") -> int:
     """What an item's forward costs, by its header. ``size``: pixels of an image; None: a video,
     or unknown.
 
@@ -111,12 +114,15 @@ def estimated_patches(nbytes: int, size: tuple[int, int] | None) -> int:
     """
     if size is None:
         return max(1, round(nbytes * PATCHES_OF_VIDEO_BYTE))
-    return max(1, size[0] * size[1] // PATCH_PIXELS)
+    pixels = size[0] * size[1]
+    if detail == "low":
+        pixels = min(pixels, LOW_SIDE * LOW_SIDE)
+    return max(1, pixels // PATCH_PIXELS)
 
 
-def _affinity(digest: str, worker_id: str) -> bytes:
+def _affinity(content: str, worker_id: str) -> bytes:
     """Rendezvous hashing: a worker that comes or goes moves only its own images."""
-    return hashlib.blake2b(f"{digest}|{worker_id}".encode(), digest_size=8).digest()
+    return hashlib.blake2b(f"{content}|{worker_id}".encode(), digest_size=8).digest()
 
 
 # ------------------------------------------------------------------ the answer

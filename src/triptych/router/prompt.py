@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from triptych.config import ModelConfig
 from triptych.errors import BadRequest, UnsupportedModel
-from triptych.media.placeholder import family, placeholder, video_placeholder
+from triptych.media.placeholder import NEVER_SMALLER, family, placeholder, video_placeholder
 from triptych.request import KINDS, Kind
 from triptych.router.offload import INLINE_CHARACTERS, offload
 from triptych.router.openai import ChatRequest
@@ -76,15 +76,8 @@ class Prompter:
 
         Raises BadRequest: a text holds what marks one, or the template refuses the messages.
         """
-        for text, param in chat.texts():
-            for reserved in self._reserved:
-                if reserved in text:
-                    raise BadRequest(
-                        f"{param} contains {reserved}, which marks images or videos", param=param
-                    )
+        self._check(chat)
         wanted = [item.kind for item in chat.items()]
-        if self.video_placeholder is None and "video" in wanted:
-            raise BadRequest(f"{self.family} takes no videos here", param="messages")
         messages = chat.for_template()
         if not self._takes_strings:
             for message in messages:
@@ -106,6 +99,21 @@ class Prompter:
                     param="messages",
                 )
         return rendered
+
+    def _check(self, chat: ChatRequest) -> None:
+        """Raises BadRequest: what the family takes in no prompt."""
+        for text, param in chat.texts():
+            for reserved in self._reserved:
+                if reserved in text:
+                    raise BadRequest(
+                        f"{param} contains {reserved}, which marks images or videos", param=param
+                    )
+        for item in chat.items():
+            if self.video_placeholder is None and item.kind == "video":
+                raise BadRequest(f"{self.family} takes no videos here", param="messages")
+            if item.detail == "low" and self.family in NEVER_SMALLER:
+                param = f"{item.param}.detail"
+                raise BadRequest(f"{param}: {self.family} has no low detail", param=param)
 
     def order(self, rendered: str) -> list[Kind]:
         """The kinds of the items in the order of their placeholders."""
