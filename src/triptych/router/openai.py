@@ -100,6 +100,8 @@ class ChatRequest(Strict, frozen=True):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: Any = None
     metadata: dict[str, str] | None = None
 
     tools: Any = None
@@ -119,6 +121,7 @@ class ChatRequest(Strict, frozen=True):
     web_search_options: Any = None
     service_tier: Any = None
     store: Any = None
+    moderation: Any = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -223,6 +226,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "service_tier": ("auto", "default"),
     "store": (False,),
+    "moderation": (),
 }
 """OpenAI's fields that are not supported, with the values that ask for nothing."""
 NEUTRAL_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
