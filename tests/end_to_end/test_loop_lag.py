@@ -7,7 +7,6 @@ import base64
 import io
 import json
 import secrets
-import statistics
 import sys
 import time
 from contextlib import AsyncExitStack, suppress
@@ -17,6 +16,7 @@ from typing import Any
 import aiohttp
 
 from tests.end_to_end.stub_workers import StubWorker
+from tests.yardstick import slowness, yardstick
 from triptych.config import ModelConfig, Timeouts
 from triptych.demo.tiny import make_tiny_model
 from triptych.launch import free_port
@@ -29,20 +29,6 @@ IMAGE_NBYTES = 540_000
 """A 1920 x 1080 JPEG of a photograph. To a router its bytes are any bytes."""
 ROWS = 2040
 LATE_S = 0.005
-YARD_S = 0.0035
-"""What ``yardstick`` takes on a machine for which ``LATE_S`` is the limit. A slower one, or one
-that others slow down, is given so much more."""
-
-
-def yardstick() -> float:
-    """Seconds for a hundred thousand additions, the median of some."""
-    times = []
-    for _ in range(15):
-        begin, total = time.perf_counter(), 0
-        for number in range(100_000):
-            total += number
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
 
 
 def body() -> bytes:
@@ -118,5 +104,5 @@ async def test_eight_images_at_concurrency_sixteen(tmp_path: Path) -> None:
             process.kill()
         await process.wait()
     worst = [max(s for clock, s in late if begin <= clock <= end) for begin, end in rounds]
-    limit = LATE_S * max(1.0, statistics.median(yards) / YARD_S)
+    limit = LATE_S * slowness(yards)
     assert min(worst) <= limit, (limit, [f"{1e3 * each:.1f} ms" for each in worst])
