@@ -5,7 +5,8 @@
 Starts a router and two workers of each role of E/P/D as processes of their own, asks every kind of
 request once while nothing goes wrong, then all of them, a few at a time, while every few seconds
 a random worker gets SIGKILL and a successor. An answer is wrong if one of its tokens is not the one
-that the same request had before. At the end the workers' metrics must show nothing that is held.
+that the same request had before. At the end, when the last successor serves, the workers' metrics
+must show nothing that is held.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import random
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,10 @@ from tests.fault.forks import Forks
 from triptych.demo.tiny import make_tiny_model
 
 ROLES = ("encoder", "prefill", "decode")
+WORKERS = 2
+"""Of each role."""
+BACK_S = 60.0
+"""For the last successors to register."""
 LEAST_ALIVE = 1
 """Of a role, that are registered and left alive: with none the requests would end by name."""
 
@@ -49,7 +55,7 @@ class Outcome:
     held: dict[str, float] = field(default_factory=dict)
     """At the end."""
     settled_s: float = 0.0
-    """Until nothing was held any more."""
+    """From the last successor's registration until nothing was held any more."""
     errors: list[str] = field(default_factory=list)
 
 
@@ -111,9 +117,18 @@ def client_of(deployed: Deployed) -> openai.AsyncOpenAI:
     )
 
 
-async def kill(deployed: Deployed, every_s: float, draw: random.Random, outcome: Outcome) -> None:
+async def kill(
+    deployed: Deployed,
+    every_s: float,
+    draw: random.Random,
+    outcome: Outcome,
+    enough: asyncio.Event,
+) -> None:
+    """Until ``enough`` is set; every worker that was killed has a successor then."""
     while True:
-        await asyncio.sleep(draw.uniform(0.5, 1.5) * every_s)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(enough.wait(), draw.uniform(0.5, 1.5) * every_s)
+            return
         role = draw.choice(ROLES)
         members = await asyncio.to_thread(deployed.members)
         serving = " ".join(member["id"] for member in members if member["role"] == role)
@@ -122,6 +137,13 @@ async def kill(deployed: Deployed, every_s: float, draw: random.Random, outcome:
             draw.choice(found).process.kill()
             outcome.kills[role] += 1
             await asyncio.to_thread(deployed.start, role)
+
+
+def registered(deployed: Deployed) -> bool:
+    """Are the workers that the router knows those that are alive, none of them missing?"""
+    known = {member["id"].split("-")[1] for member in deployed.members()}
+    alive = {str(role.process.pid) for name in ROLES for role in deployed.alive(name)}
+    return known == alive and all(len(deployed.alive(name)) == WORKERS for name in ROLES)
 
 
 def retries(deployed: Deployed) -> dict[str, int]:
@@ -135,11 +157,13 @@ async def run(deployed: Deployed, options: argparse.Namespace) -> Outcome:
         kinds.expected = [await kinds.ask(client, kind) for kind in range(options.kinds)]
     began = time.monotonic()
     draw = random.Random(options.seed)
-    killing = asyncio.create_task(kill(deployed, options.every, draw, outcome))
+    enough = asyncio.Event()
+    killing = asyncio.create_task(kill(deployed, options.every, draw, outcome, enough))
     await load(deployed, kinds, options, outcome)
-    killing.cancel()
-    await asyncio.gather(killing, return_exceptions=True)
     outcome.seconds = round(time.monotonic() - began, 1)
+    enough.set()
+    await killing
+    await asyncio.to_thread(deployed.until, lambda: registered(deployed), BACK_S)
     outcome.retries = retries(deployed)
     try:
         outcome.settled_s = round(await asyncio.to_thread(deployed.nothing_left), 2)
@@ -159,7 +183,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, Forks() as forks:
         model = make_tiny_model(Path(folder) / "qwen3_vl", "qwen3_vl")
-        with Deployed(forks, model, dict.fromkeys(ROLES, 2), Path(folder)) as deployed:
+        with Deployed(forks, model, dict.fromkeys(ROLES, WORKERS), Path(folder)) as deployed:
             outcome = asyncio.run(run(deployed, options))
             print(json.dumps(asdict(outcome), indent=1), flush=True)
     return 1 if outcome.lost or outcome.wrong or outcome.held else 0
