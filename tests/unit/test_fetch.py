@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +158,63 @@ async def test_bodies_over_the_limit(site: Site) -> None:
             await get(f"{site.url}/{path}")
 
 
-async def test_a_compressed_body_is_refused(site: Site) -> None:
-    site.answers["/a"] = lambda _: web.Response(body=b"x", headers={"Content-Encoding": "gzip"})
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "GZIP", "gzip, identity"])
+async def test_a_compressed_body_is_refused(site: Site, coding: str) -> None:
+    """As it came and before it grows: a hundred megabytes travel as a hundred kilobytes."""
+    bomb = gzip.compress(bytes(100 << 20), 1)
+    site.answers["/a"] = lambda _: web.Response(body=bomb, headers={"Content-Encoding": coding})
     with pytest.raises(BadMedia, match="compressed"):
-        await get(f"{site.url}/a")
+        await get(f"{site.url}/a", max_bytes=1 << 30)
+
+
+async def test_a_redirect_to_itself_ends(site: Site) -> None:
+    site.answers["/loop"] = to("/loop")
+    with pytest.raises(BadMedia, match="more than 3 redirects"):
+        await get(f"{site.url}/loop")
+    assert len(site.seen) == 4
+
+
+@asynccontextmanager
+async def talking(said: bytes, every_s: float) -> AsyncIterator[str]:
+    """A server that says ``said`` for ever to whoever connects."""
+
+    ended = asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n")
+        with suppress(OSError):
+            while not writer.is_closing():
+                writer.write(said)
+                await writer.drain()
+                await asyncio.sleep(every_s)
+        writer.transport.abort()
+        ended.set()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/a"
+        await asyncio.wait_for(ended.wait(), 5)
+
+
+@pytest.mark.parametrize(
+    ("said", "every_s", "reason"),
+    [
+        (b"x-more: 1\r\n", 0.01, "did not arrive within 0.5 s"),
+        (b"x", 0.01, "did not arrive within 0.5 s"),
+        (b"x" * 65536, 0.0, "cannot be fetched"),
+        (b"x-more: 1\r\n" * 1000, 0.0, "cannot be fetched|did not arrive"),
+        (b"\r\n" + b"x" * 65536, 0.0, "larger than 100000 bytes"),
+        (b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 10_000, 0.0,
+         "larger than 100000 bytes|cannot be fetched"),
+    ],
+    ids=["slow headers", "a slow header", "a long header", "many headers", "endless", "chunks"],
+)  # fmt: skip
+async def test_servers_that_never_end(said: bytes, every_s: float, reason: str) -> None:
+    begin = asyncio.get_running_loop().time()
+    async with talking(said, every_s) as url:
+        with pytest.raises(BadMedia, match=reason):
+            await get(url, timeout_s=0.5)
+    assert asyncio.get_running_loop().time() - begin < 5
 
 
 async def test_slow_servers_run_out_of_time(site: Site) -> None:

@@ -14,12 +14,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from triptych.config import MediaLimits
 from triptych.errors import BadMedia
+from triptych.media.parts import check_parts, check_scans
 from triptych.media.size import webp_size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -34,11 +36,17 @@ TRANSPOSITIONS = {
 }
 """EXIF orientation → what turns the stored pixels upright."""
 SIDEWAYS = frozenset({5, 6, 7, 8})
+EXIF_AS_TEXT = "Raw profile type exif"
+"""In a PNG: three lines, then the bytes in hex."""
+MOST_EXIF_TAGS = 1000
+"""Pillow reads them in Python to find the orientation."""
 WHITE = (255, 255, 255, 255)
+BAND_PIXELS = 1 << 20
 
 # Odd metadata in a client's file is skipped by Pillow, and is no news to the operator.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 Image.MAX_IMAGE_PIXELS = None  # ours is checked before any pixel is decoded, and has a name
+PngImagePlugin.MAX_TEXT_MEMORY = 4 << 20  # texts of a PNG, inflated when it is opened
 
 # What Pillow's parsers raise on bytes that are not what they claim to be.
 PILLOW_ERRORS = (
@@ -75,6 +83,7 @@ def decode(data: bytes, limits: MediaLimits) -> Image.Image:
     or so; older ones show the colour behind the transparency). 16-bit grey keeps its upper byte.
     Raises BadMedia: as ``read_header``, and truncated or corrupt data.
     """
+    check_scans(data)
     with _open(data, limits) as image:
         orientation = _orientation(image)
         image.load()
@@ -91,6 +100,7 @@ def _open(data: bytes, limits: MediaLimits) -> Iterator[Image.Image]:
         raise BadMedia("the image is empty")
     if len(data) > limits.max_bytes:
         raise BadMedia(f"the image has {len(data)} bytes, the limit is {limits.max_bytes}")
+    check_parts(data)
     _check_webp(data, limits)  # Pillow allocates a WebP's canvas when it opens it
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -121,10 +131,24 @@ def _orientation(image: Image.Image) -> int:
     """EXIF (or XMP) orientation among the metadata that stands before the pixels.
 
     ``PngImageFile.getexif`` would decode the pixels to find metadata behind them; the base class
-    looks only at what was read when the file was opened.
+    looks only at what was read when the file was opened. Raises BadMedia: more tags than ever.
     """
+    exif = image.info.get("exif")
+    if exif is None and (text := image.info.get(EXIF_AS_TEXT)):
+        exif = bytes.fromhex("".join(text.split("\n")[3:]))
+    _check_exif(exif)
     value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     return value if isinstance(value, int) else 1
+
+
+def _check_exif(exif: object) -> None:
+    if not isinstance(exif, bytes):
+        return  # Pillow finds none either
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order: Literal["big", "little"] = "big" if tiff.startswith(b"MM") else "little"
+    at = int.from_bytes(tiff[4:8], order)
+    if int.from_bytes(tiff[at : at + 2], order) > MOST_EXIF_TAGS:
+        raise BadMedia(f"the image has more than {MOST_EXIF_TAGS} EXIF tags")
 
 
 def _format(image: Image.Image) -> str:
@@ -134,9 +158,22 @@ def _format(image: Image.Image) -> str:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # convert() would clip everything above 255 to white
-        samples = np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8
-        image = Image.fromarray(samples.astype(np.uint8))
+        samples = np.asarray(image)
+        if samples.dtype.itemsize > 2:
+            samples = samples.clip(0, 0xFFFF).astype(np.uint16)
+        image = Image.fromarray((samples >> 8).astype(np.uint8))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
-    return image.convert("RGB")
+        return _on_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """In bands: as a whole it would be three more images as large as the first."""
+    found = Image.new("RGB", image.size)
+    height = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, height):
+        box = (0, top, image.width, min(top + height, image.height))
+        band = image.crop(box).convert("RGBA")
+        band = Image.alpha_composite(Image.new("RGBA", band.size, WHITE), band)
+        found.paste(band.convert("RGB"), box)
+    return found
