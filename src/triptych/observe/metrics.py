@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from functools import cache
 from typing import Protocol
 
 from prometheus_client import (
     REGISTRY,
     Counter,
     Gauge,
-    Histogram,
     Metric,
     disable_created_metrics,
 )
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from triptych.observe.histogram import Histogram
 from triptych.observe.process import export_process
 
 # A time for each series, which the process's start says as well.
@@ -47,15 +46,9 @@ embedding_bytes_received = Counter(
 )
 
 
-@cache
-def _span_series(role: str, name: str) -> Histogram:
-    """Looking a series up by its labels costs ten times what observing it does."""
-    return span_seconds.labels(role, name)
-
-
 def record_span(role: str, name: str, seconds: float, nbytes: int, transport: str) -> None:
     """One step of a request has ended. ``transport``: "" for a step that moved nothing."""
-    _span_series(role, name).observe(seconds)
+    span_seconds.labels(role, name).observe(seconds)
     if transport:
         moved_bytes.labels(transport).inc(nbytes)
         if name == "read":
