@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +21,7 @@ from triptych import wire
 from triptych.demo.tiny import make_tiny_model
 from triptych.encoder.service import EncoderService
 from triptych.errors import Overloaded
+from triptych.models.stream import STAND_BACK
 from triptych.stage import Stage
 
 
@@ -116,6 +119,19 @@ async def test_health_and_metrics_answer_while_a_forward_runs(folder: Path) -> N
                 assert answer.status == 200 and await answer.read()
         assert gate.batches == [1] and not gate.open.is_set()
         gate.open.set()
+
+
+async def test_threads_that_compute_stand_back_for_the_event_loop(folder: Path) -> None:
+    async with worker(folder) as router:
+        await router.encode(request("r0", [png(picture(0))]))
+        service = router.stage.service.service  # type: ignore[attr-defined]
+        await until(lambda: all(e.cached for e in service._embeddings.values()))
+        nice = {
+            thread.name.partition("_")[0]: os.getpriority(os.PRIO_PROCESS, thread.native_id or 0)
+            for thread in threading.enumerate()
+        }
+    assert nice["encoder-engine"] == nice["MainThread"] + STAND_BACK
+    assert nice["encoder-decode"] == nice["encoder-preprocess"] == nice["encoder-engine"]
 
 
 async def test_a_router_that_is_gone_is_an_abort(folder: Path) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from triptych.media.image import ImageHeader, decode
 from triptych.media.processor import Processor
 from triptych.media.video import VideoHeader
 from triptych.media.video import decode as decode_video
-from triptych.models.stream import settle
+from triptych.models.stream import settle, stand_back
 from triptych.models.vision import VisionModel
 from triptych.request import Detail
 
@@ -85,9 +86,7 @@ class Preparer:
         preprocessors = GPU_PREPROCESSORS if processor.on_gpu else threads
         self.at_once = threads + preprocessors
         """Items in preparation that keep every thread busy."""
-        # Beside a GPU each works on an image of its own: its tensor operations start no threads
-        # besides. On a CPU the limit would reach the model's own threads as well.
-        own = (settle, (model.device, 0 if model.device.type == "cpu" else 1))
+        own = (_settle_thread, (model.device,))
         self._decoding = ThreadPoolExecutor(threads, "encoder-decode", *own)
         self._preprocessing = ThreadPoolExecutor(preprocessors, "encoder-preprocess", *own)
 
@@ -139,6 +138,13 @@ class Preparer:
     def _stage(self, inputs: dict[str, Tensor], began: float, decoded: float) -> Prepared:
         preprocessing = time.time()
         return Prepared(self._model.stage(inputs), began, decoded, preprocessing, time.time())
+
+
+def _settle_thread(device: torch.device) -> None:
+    # Beside a GPU each works on an image of its own: its tensor operations start no threads
+    # besides. On a CPU the limit would reach the model's own threads as well.
+    settle(device, 0 if device.type == "cpu" else 1)
+    stand_back()  # for the engine as well, which hands work to a GPU
 
 
 def _check_wanted(future: Future[Prepared]) -> None:

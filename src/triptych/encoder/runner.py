@@ -23,7 +23,7 @@ from triptych.media.image import ImageHeader
 from triptych.media.processor import Processor
 from triptych.media.video import VideoHeader
 from triptych.models.compiled import first_forwards
-from triptych.models.stream import Stream, failure, settle
+from triptych.models.stream import Stream, failure, settle_thread
 from triptych.models.vision import Item, VisionModel
 from triptych.transfer.region import BaseRegion
 
@@ -91,7 +91,7 @@ class Runner:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        settle(self._model.device, self._threads)
+        settle_thread(self._model.device, self._threads)
         self._first_forwards()
         while (batch := self._batches.get()) is not None:
             self._on_result(self._encode(batch))

@@ -28,7 +28,7 @@ from triptych.engine.sequence import Phase
 from triptych.errors import TriptychError, WorkerLost
 from triptych.models.compiled import first_forwards
 from triptych.models.language import LanguageModel
-from triptych.models.stream import drain, failure, settle
+from triptych.models.stream import drain, failure, settle_thread
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class Engine:
 
     def _warm_up(self) -> bool:
         # Here and not in the main thread: compiled code is valid for the settings of its thread.
-        settle(self.model.device, self._threads)
+        settle_thread(self.model.device, self._threads)
         try:
             with first_forwards:
                 self._compute.warm_up()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +17,8 @@ from triptych.errors import DeviceLost, TriptychError
 logger = logging.getLogger(__name__)
 URGENT = -1
 """Priority of a stream whose kernels go before those of others."""
+STAND_BACK = 5
+"""Steps of priority (as ``nice`` counts) that computing threads are below event loops."""
 
 
 class Stream:
@@ -46,20 +51,39 @@ class Stream:
 
 def settle(device: torch.device, threads: int = 0) -> None:
     """Before the calling thread computes: streams, kernels and captures that name no device are
-    ``device``'s, what it queues goes to a stream of its own, and operations on a CPU use
-    ``threads`` (0: as they would).
+    ``device``'s, and operations on a CPU use ``threads`` (0: as they would)."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def settle_thread(device: torch.device, threads: int = 0) -> None:
+    """``settle`` a thread that does nothing else but compute on ``device``; what it queues goes to a
+    stream of its own.
 
     The device's default stream is no place to compute: copies that name no stream, a transfer
     engine's, wait for all that is queued there, and all that is queued there waits for them. The
     thread's stream goes before a ``Stream``: what answers are made of before what encodes for later
     ones, where both share a GPU.
     """
+    settle(device, threads)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         torch.cuda.synchronize(device)  # what other threads have queued: the weights
         torch.cuda.set_stream(torch.cuda.Stream(device, priority=URGENT))  # type: ignore[no-untyped-call]
-    if threads:
-        torch.set_num_threads(threads)
+    if device.type == "cpu":
+        stand_back()
+
+
+def stand_back() -> None:
+    """Let event loops, this process's and others', have a core before the calling thread and those
+    that it starts. They want one for a millisecond now and then; it computes whenever it may, and
+    where cores are few they came after it, and again wherever it had stopped with Python's lock.
+    Idempotent; its own threads may have been started by one that stands back already.
+    """
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        loops = os.getpriority(os.PRIO_PROCESS, os.getpid())  # the main thread's
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), loops + STAND_BACK)
 
 
 def drain(device: torch.device) -> bool:

@@ -29,7 +29,7 @@ from triptych.errors import TriptychError, WorkerLost
 from triptych.models.language import LanguageModel
 from triptych.models.loading import load_language
 from triptych.models.parallel import join, leave
-from triptych.models.stream import settle
+from triptych.models.stream import settle_thread
 from triptych.observe import log
 from triptych.ranks import Pipe, PipeClosed, Rank
 from triptych.stage.ranks import FIRST_MESSAGE_S, Go, Here, NotHere, OpenPool, Start
@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
         commands.send(NotHere(type(exc).__name__, exc.message))
         return EXIT_REFUSED
     compute = Compute(model, memory, start.engine, longest(model, start.engine))
-    settle(model.device, start.engine.threads)
+    settle_thread(model.device, start.engine.threads)
     compute.warm_up()
     compute.capture()
     Follower(model, compute.runner).run(member.commands())
