@@ -59,8 +59,8 @@ def settle(device: torch.device, threads: int = 0) -> None:
 
 
 def settle_thread(device: torch.device, threads: int = 0) -> None:
-    """``settle`` a thread that does nothing else but compute on ``device``; what it queues goes to a
-    stream of its own.
+    """``settle`` a thread that does nothing else but compute on ``device``, and give what it queues
+    a stream of its own.
 
     The device's default stream is no place to compute: copies that name no stream, a transfer
     engine's, wait for all that is queued there, and all that is queued there waits for them. The
@@ -71,7 +71,7 @@ def settle_thread(device: torch.device, threads: int = 0) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what other threads have queued: the weights
         torch.cuda.set_stream(torch.cuda.Stream(device, priority=URGENT))  # type: ignore[no-untyped-call]
-    if device.type == "cpu":
+    else:
         stand_back()
 
 
