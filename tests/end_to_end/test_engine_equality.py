@@ -71,7 +71,7 @@ def test_answers_vary(cases: list[Case]) -> None:
 
 @pytest.mark.parametrize("chunk_tokens", [512, 7])
 def test_alone(family: Family, cases: list[Case], seen: list[Tensor], chunk_tokens: int) -> None:
-    with Driver(family.language, chunk_tokens=chunk_tokens) as driver:
+    with Driver(family.language, chunk_tokens=chunk_tokens, prefix_cache=False) as driver:
         for case in cases:
             driver.add(case)
             driver.finish(case.name)

@@ -54,6 +54,13 @@ def test_rates_of_the_whole_and_of_the_steady_state() -> None:
         assert part.good_per_s is part.good_percent is None
 
 
+def test_a_burst_has_no_steady_state() -> None:
+    at_once = [sample(0.0, 1.0 + i / 10, 0.25) for i in range(40)]
+    assert summarize(at_once, Goal(), None).steady is None
+    over_time = [sample(float(i), 1.0, 0.25) for i in range(40)]
+    assert summarize(over_time, Goal(), None).steady is not None
+
+
 def test_pieces_of_several_tokens_count_as_their_tokens() -> None:
     found = Sample(due=1.0, sent_at=0.0, texts=[1.5, 2.5], end=2.6, n_output=11)
     assert found.ttft == 0.5 and found.tpot == pytest.approx(0.1)

@@ -95,14 +95,16 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def summarize(samples: Sequence[Sample], goal: Goal, concurrency: int | None) -> Summary:
-    """``concurrency`` of a closed loop; None: open."""
+    """``concurrency`` of a closed loop; None: open, which has no steady state if its last request
+    was sent before that would begin."""
     good = [sample for sample in samples if sample.good]
     errors = Counter(sample.error or "not finished" for sample in samples if not sample.good)
     ends = sorted(sample.end for sample in good if sample.end is not None)
     begin = min((sample.due for sample in good), default=0.0)
     found = window(ends, concurrency)
     steady = None
-    if found is not None:
+    last = max((sample.due for sample in samples), default=0.0)
+    if found is not None and (concurrency is not None or last > found[0]):
         after, until = found
         inside = [s for s in good if s.end is not None and after < s.end <= until]
         steady = _part(inside, until - after, goal)
