@@ -4,7 +4,8 @@
     python benchmarks/engine.py --device cuda       # Qwen2.5-VL-7B's shape, random weights
 
 Prefill: from handing in one prompt of text to its first token, the engine idle. Decode: from step
-to step while all sequences decode, each with ``--context`` tokens behind it. On a GPU they stand
+to step of the engine while all sequences decode, each with ``--context`` tokens behind it; on a GPU
+once more with each step launched when the last one's tokens have been read. There they stand
 beside a large matrix product, a copy within the device and the time to read the weights (and KV) at
 that copy's speed; on a CPU beside the plain model's own step on the same batch.
 """
@@ -17,7 +18,7 @@ import statistics
 import tempfile
 import time
 from bisect import bisect_left
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +95,7 @@ class Subject:
     def __init__(self, model: LanguageModel, config: EngineConfig) -> None:
         self._outputs: queue.SimpleQueue[tuple[float, StepOutput]] = queue.SimpleQueue()
         self._n = 0
+        self.config = config
         self.vocabulary = range(10, model.vocab_size - 10)
         self.engine = Engine(
             model, None, config, lambda out: self._outputs.put((time.perf_counter(), out))
@@ -222,6 +224,13 @@ def on_gpu(config: Config, model: LanguageModel, subject: Subject, figures: Figu
         figures.add(f"decode step of {batch} / reading weights and KV", median / least, "x")
         if (alone := subject.replay_s(batch)) is not None:
             figures.add(f"decode step of {batch}, its captured kernels alone", 1000 * alone, "ms")
+    subject.engine.close(10)
+    waiting = Subject(model, replace(subject.config, run_ahead="off"))
+    for batch in config.batches or (1, 16, 64):
+        median, mean = waiting.decode_s(batch, config.context or 2048, config.steps)
+        name = f"decode step of {batch}, launched when the last one is read"
+        figures.add(name, 1000 * median, "ms", f"mean {1000 * mean:.2f}")
+    waiting.engine.close(10)
 
 
 @torch.inference_mode()

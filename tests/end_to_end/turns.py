@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
+from unittest.mock import patch
 
 from tests.end_to_end.engine_driver import CLOSE_S, Driver, Family
+from triptych.engine import loop
 from triptych.engine.runner import Launched
 from triptych.engine.sampler import Sampled
 from triptych.engine.scheduler import Work
 from triptych.engine.sequence import Phase
+from triptych.models.stream import settle
 
 Mode = Literal["on", "off"]
 
@@ -27,7 +30,8 @@ class Turns(Driver):
         runner.launch, runner.read = self.launch, self.read  # type: ignore[method-assign]
 
     def __enter__(self) -> Turns:
-        assert self.engine._warm_up()
+        with patch.object(loop, "settle_thread", settle):  # this thread does other things too
+            assert self.engine._warm_up()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -23,8 +23,8 @@ def decoding(owner: Scheduler, *entries: Sequence) -> Schedule:
 
 
 def ahead(owner: Scheduler, step: Schedule) -> list[tuple[str, int, int]]:
-    work = follow(step.work, owner)
-    return [(w.sequence.request_id, w.start, w.stop) for w in work]
+    behind = follow(step.work, owner)
+    return shown(behind) if behind else []
 
 
 def test_the_next_token_of_every_sequence() -> None:
@@ -32,21 +32,21 @@ def test_the_next_token_of_every_sequence() -> None:
     step = decoding(owner, prompt("a", 3), prompt("b", 5))
     assert shown(step) == [("a", 3, 4), ("b", 5, 6)]
     behind = follow(step.work, owner)
-    assert [(w.sequence.request_id, w.start, w.stop) for w in behind] == [("a", 4, 5), ("b", 6, 7)]
-    assert [w.ahead for w in (*step.work, *behind)] == [0, 0, 1, 1]
+    assert behind and shown(behind) == [("a", 4, 5), ("b", 6, 7)]
+    assert [w.ahead for w in (*step.work, *behind.work)] == [0, 0, 1, 1]
     run(step, owner)
-    assert [w.ahead for w in behind] == [0, 0]
+    assert [w.ahead for w in behind.work] == [0, 0]
 
 
 def test_it_has_blocks_for_what_it_computes() -> None:
     owner = scheduler()
     step = decoding(owner, prompt("a", 3, answer=30))
     [first] = step.work
-    while (behind := follow(step.work, owner)) and behind[0].stop < 20:
-        assert len(first.sequence.blocks) * owner.blocks.block_size >= behind[0].stop
+    while (behind := follow(step.work, owner)) and behind.work[0].stop < 20:
+        assert len(first.sequence.blocks) * owner.blocks.block_size >= behind.work[0].stop
         run(step, owner)
-        step = Schedule((), step.rows, (), (), behind)
-    assert behind and behind[0].stop == 20
+        step = behind
+    assert behind and behind.work[0].stop == 20
 
 
 def test_nothing_behind_a_prompt() -> None:
@@ -157,13 +157,26 @@ def test_reservations_and_those_who_take_them_over() -> None:
     assert ahead(owner, step) == [("r", 5, 6)], "the place is not to be had"
 
 
+def test_images_of_those_who_wait_are_asked_for_meanwhile() -> None:
+    owner = scheduler(sequences=1)
+    step = decoding(owner, prompt("a", 3, answer=9))
+    owner.add(prompt("b", 6, items=(Item(0, 4, 4),)))
+    behind = follow(step.work, owner)
+    assert behind
+    assert [(entry.request_id, item) for entry, item in behind.rows.wanted] == [("b", 0)]
+    run(step, owner)
+    step = behind
+    behind = follow(step.work, owner)
+    assert behind and behind.rows.wanted == ()
+
+
 def test_nobody_is_preempted_for_it() -> None:
     owner = scheduler(n_blocks=4)
     step = decoding(owner, prompt("a", 3, answer=9), prompt("b", 3, answer=9))
-    while work := follow(step.work, owner):
+    while behind := follow(step.work, owner):
         run(step, owner)
         assert not step.preempted
-        step = Schedule((), step.rows, (), (), work)
+        step = behind
     run(step, owner)
     step = owner.schedule()
     assert [sequence.request_id for sequence in step.preempted] == ["b"]
@@ -227,7 +240,8 @@ def test_every_token_is_computed_once_in_its_own_blocks(seed: int) -> None:
                 written[sequence.request_id].clear()
             step = schedule.work
             launch(step)
-        launched = follow(step, owner)
+        behind = follow(step, owner)
+        launched = behind.work if behind else ()
         launch(launched)
         n_ahead += len(launched)
         finish(step, owner, random)
@@ -235,7 +249,8 @@ def test_every_token_is_computed_once_in_its_own_blocks(seed: int) -> None:
             counts = written[sequence.request_id]
             assert all(counts[token] == 1 for token in range(sequence.computed))
     while launched or (launched := owner.schedule().work):
-        step, launched = launched, follow(launched, owner)
+        step, behind = launched, follow(launched, owner)
+        launched = behind.work if behind else ()
         finish(step, owner, random)
     assert n_ahead and all(each.phase is Phase.ENDED for each in alive.values())
     assert owner.blocks.n_free == owner.blocks.n_blocks

@@ -13,31 +13,31 @@ find them, and it is only called when nothing is launched.
 
 from __future__ import annotations
 
-from triptych.engine.scheduler import Scheduler, Work
+from triptych.engine.scheduler import Schedule, Scheduler, Work
 from triptych.engine.sequence import Phase, Sequence
 
 
-def follow(work: tuple[Work, ...], scheduler: Scheduler) -> tuple[Work, ...]:
+def follow(work: tuple[Work, ...], scheduler: Scheduler) -> Schedule | None:
     """What to compute behind ``work``, which is launched and whose tokens are not known: the next
     token of each of its sequences that is still there and has not all it may have.
 
-    Nothing, if ``schedule`` would do anything besides: compute a prompt, let somebody in, take
-    blocks away. It is called then, once the results are there.
+    None, if ``schedule`` would do anything besides: compute a prompt, let somebody in, take blocks
+    away. It is called then, once the results are there.
     """
     decoding = {w.sequence for w in work if w.is_decode and w.sequence.phase is Phase.DECODE}
     if not all(w.is_decode for w in work) or any(
         sequence not in decoding and _can_be_computed(sequence) for sequence in scheduler.running
     ):
-        return ()
+        return None
     going = tuple(
         Work(w.sequence, w.stop, w.stop + 1)
         for w in work
         if w.sequence in decoding and len(w.sequence.output) + 1 < w.sequence.sampling.max_tokens
     )
     makes_room = len(going) < len(decoding) and (scheduler.queue or scheduler.starting)
-    if makes_room or scheduler.admits() or not scheduler.extend(going):
-        return ()
-    return going
+    if not going or makes_room or scheduler.admits():
+        return None
+    return scheduler.extend(going)
 
 
 def _can_be_computed(sequence: Sequence) -> bool:

@@ -126,8 +126,10 @@ class Engine:
             work = schedule.work
         step, self._launched = self._launched or self._launch(work), None
         if step is not None:
-            if self._compute.runs_ahead:
-                self._launched = self._launch(follow(step.work, self._scheduler), step)
+            behind = follow(step.work, self._scheduler) if self._compute.runs_ahead else None
+            if behind is not None:
+                self._requests.rearrange(behind)
+                self._launched = self._launch(behind.work, step)
             self._finish(step)
         self.usage = self._scheduler.usage()
         self._flush()

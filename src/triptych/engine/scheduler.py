@@ -201,13 +201,13 @@ class Scheduler:
             return True
         return self._next() is not None
 
-    def extend(self, work: tuple[Work, ...]) -> bool:
-        """Take blocks for a step that ``schedule`` has not made, if there are enough, and let it
-        count as one that has passed those who wait for images."""
+    def extend(self, work: tuple[Work, ...]) -> Schedule | None:
+        """A step of these decodes, and of nothing else, with blocks that are free; None if there
+        are not enough."""
         if not all(self._reach(w.sequence, w.stop, preempts=False) >= w.stop for w in work):
-            return False
+            return None
         self._pass_by(work)
-        return True
+        return Schedule((), self._rows.ask(self.running, self.queue, self._find), (), (), work)
 
     # ------------------------------------------------------------------ who runs
 
