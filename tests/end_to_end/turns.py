@@ -11,8 +11,8 @@ from tests.end_to_end.engine_driver import CLOSE_S, Driver, Family
 from triptych.engine import loop
 from triptych.engine.runner import Launched
 from triptych.engine.sampler import Sampled
-from triptych.engine.scheduler import Work
 from triptych.engine.sequence import Phase
+from triptych.engine.work import Work
 from triptych.models.stream import settle
 
 Mode = Literal["on", "off"]

@@ -15,9 +15,9 @@ from triptych.engine.attention import Part
 from triptych.engine.backends import Compute, compile_layers, open_attention
 from triptych.engine.kv_cache import KVCache, KVShape
 from triptych.engine.runner import Prompt
-from triptych.engine.scheduler import Work
 from triptych.engine.selftest import selftest
 from triptych.engine.sequence import Phase, Sequence
+from triptych.engine.work import Work
 from triptych.models.language import LanguageModel
 from triptych.models.loading import load_language
 from triptych.request import Sampling

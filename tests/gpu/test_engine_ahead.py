@@ -19,8 +19,8 @@ from triptych.engine.kv_cache import KVShape
 from triptych.engine.loop import Engine
 from triptych.engine.messages import AddRequest, StepOutput
 from triptych.engine.runner import Launched, Prompt, Runner
-from triptych.engine.scheduler import Work
 from triptych.engine.sequence import Phase, Sequence
+from triptych.engine.work import Work
 from triptych.models.language import LanguageModel
 from triptych.models.stream import settle
 from triptych.request import Sampling, TokenEvent

@@ -9,8 +9,9 @@ import pytest
 
 from tests.unit.test_scheduler import prompt, run, scheduler, shown
 from triptych.engine.ahead import follow
-from triptych.engine.scheduler import PATIENCE, Schedule, Scheduler, Work
+from triptych.engine.scheduler import PATIENCE, Scheduler
 from triptych.engine.sequence import Item, Phase, Reservation, Rows, Sequence
+from triptych.engine.work import Schedule, Work
 
 
 def decoding(owner: Scheduler, *entries: Sequence) -> Schedule:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tests.unit.test_scheduler import prompt, run, scheduler
 from triptych.engine.prefix import BlockNames
-from triptych.engine.scheduler import Schedule
 from triptych.engine.sequence import Item, ItemSpan, Phase, Rows, Sequence
+from triptych.engine.work import Schedule
 
 
 def land(step: Schedule) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triptych.engine.block_manager import BlockManager
-from triptych.engine.scheduler import Overlap, Schedule, Scheduler
+from triptych.engine.scheduler import Overlap, Scheduler
 from triptych.engine.sequence import (
     Item,
     ItemSpan,
@@ -17,6 +17,7 @@ from triptych.engine.sequence import (
     Sequence,
     locate_items,
 )
+from triptych.engine.work import Schedule
 from triptych.errors import BadRequest, PromptTooLong
 from triptych.request import Sampling
 

@@ -13,8 +13,9 @@ find them, and it is only called when nothing is launched.
 
 from __future__ import annotations
 
-from triptych.engine.scheduler import Schedule, Scheduler, Work
+from triptych.engine.scheduler import Scheduler
 from triptych.engine.sequence import Phase, Sequence
+from triptych.engine.work import Schedule, Work
 
 
 def follow(work: tuple[Work, ...], scheduler: Scheduler) -> Schedule | None:

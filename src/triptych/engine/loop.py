@@ -23,8 +23,9 @@ from triptych.engine.mirror import Followers
 from triptych.engine.outbox import Result
 from triptych.engine.requests import Requests
 from triptych.engine.runner import Launched
-from triptych.engine.scheduler import Scheduler, Work
+from triptych.engine.scheduler import Scheduler
 from triptych.engine.sequence import Phase
+from triptych.engine.work import Work
 from triptych.errors import TriptychError, WorkerLost
 from triptych.models.compiled import first_forwards
 from triptych.models.language import LanguageModel

@@ -20,8 +20,8 @@ from torch import Tensor
 from triptych.engine.attention import Attention
 from triptych.engine.runner import Launched, Prompt, Runner
 from triptych.engine.sampler import Sampled
-from triptych.engine.scheduler import Work
 from triptych.engine.sequence import Phase, Run, Sequence
+from triptych.engine.work import Work
 from triptych.models.language import LanguageModel
 from triptych.models.parallel import broadcast
 from triptych.models.stream import drain

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields
 
 from triptych.engine.messages import Prefilled, Progress, Reserved, StepOutput, Used
 from triptych.engine.sampler import Sampled
-from triptych.engine.scheduler import Work
 from triptych.engine.sequence import Sequence
+from triptych.engine.work import Work
 from triptych.errors import TriptychError
 from triptych.request import Span, TokenEvent
 

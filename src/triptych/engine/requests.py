@@ -25,9 +25,10 @@ from triptych.engine.messages import (
 from triptych.engine.outbox import Outbox, Result
 from triptych.engine.runner import Runner
 from triptych.engine.sampler import Sampled
-from triptych.engine.scheduler import Schedule, Scheduler, Work
+from triptych.engine.scheduler import Scheduler
 from triptych.engine.sequence import Phase, Reservation, Rows, Sequence
 from triptych.engine.withheld import Withheld
+from triptych.engine.work import Schedule, Work
 from triptych.errors import TriptychError
 from triptych.observe import metrics
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from triptych.engine.attention import Attention, Part
 from triptych.engine.copies import Mark, to_device
 from triptych.engine.sampler import Draw, Sampled, Samples, sample
-from triptych.engine.scheduler import Work
 from triptych.engine.sequence import ItemSpan, Sequence
+from triptych.engine.work import Work
 from triptych.errors import TransferFailed
 from triptych.models.language import LanguageModel
 

@@ -38,13 +38,13 @@ from __future__ import annotations
 import itertools
 from bisect import insort
 from collections import Counter, deque
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal
 
 from triptych.engine.block_manager import BlockManager
-from triptych.engine.row_requests import RowChanges, RowRequests
+from triptych.engine.row_requests import RowRequests
 from triptych.engine.sequence import Phase, Reservation, Sequence
+from triptych.engine.work import Schedule, Work
 from triptych.errors import PromptTooLong
 
 Overlap = Literal["adaptive", "off", "always"]
@@ -58,43 +58,6 @@ _by_order = attrgetter("order")
 def _left(sequence: Sequence) -> int:
     """Tokens of its prompt that are still to be computed."""
     return sequence.n_prompt - sequence.computed
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Compute the KV of tokens ``start .. stop`` of a sequence."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-
-    @property
-    def samples(self) -> bool:
-        """The step yields a token for it."""
-        return self.stop >= self.sequence.n_prompt
-
-    @property
-    def is_decode(self) -> bool:
-        return self.start >= self.sequence.n_prompt
-
-    @property
-    def ahead(self) -> int:
-        """Tokens of the answer that the step before it has still to bring."""
-        return self.start - self.sequence.computed
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """To be carried out in the order of the fields; ``work`` last."""
-
-    preempted: tuple[Sequence, ...]
-    rows: RowChanges
-    begun: tuple[Sequence, ...]
-    """Sequences that run from now on, with ``computed`` tokens that were found."""
-    granted: tuple[Reservation, ...]
-    """Reservations that now have their blocks."""
-    work: tuple[Work, ...]
-    """Decodes first, then prompt chunks."""
 
 
 class Scheduler:
