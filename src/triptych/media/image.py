@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from triptych.config import MediaLimits
 from triptych.errors import BadMedia
@@ -47,6 +47,8 @@ BAND_PIXELS = 1 << 20
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 Image.MAX_IMAGE_PIXELS = None  # ours is checked before any pixel is decoded, and has a name
 PngImagePlugin.MAX_TEXT_MEMORY = 4 << 20  # texts of a PNG, inflated when it is opened
+# An image in one piece can be read where it lies.
+Image.core.set_block_size(128 << 20)  # type: ignore[attr-defined]
 
 # What Pillow's parsers raise on bytes that are not what they claim to be.
 PILLOW_ERRORS = (
@@ -86,15 +88,16 @@ def decode(data: bytes, limits: MediaLimits) -> Image.Image:
     check_scans(data)
     with _open(data, limits) as image:
         orientation = _orientation(image)
+        image.decodermaxblock = len(data)  # all at once, without Python's lock in between
         image.load()
-        upright = image
+        upright: Image.Image = image
         if orientation in TRANSPOSITIONS:
             upright = image.transpose(TRANSPOSITIONS[orientation])
         return _rgb(upright)
 
 
 @contextmanager
-def _open(data: bytes, limits: MediaLimits) -> Iterator[Image.Image]:
+def _open(data: bytes, limits: MediaLimits) -> Iterator[ImageFile.ImageFile]:
     """Pillow's lazily opened image, with everything that Pillow raises inside made BadMedia."""
     if not data:
         raise BadMedia("the image is empty")
