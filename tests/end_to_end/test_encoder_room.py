@@ -188,6 +188,31 @@ async def test_no_room_in_time_is_overloaded_and_holds_nothing(folder: Path) -> 
             subject.service.cancel(name)
 
 
+async def test_who_found_no_room_is_told_when_there_will_be_some(folder: Path) -> None:
+    """At the pace at which room was given out while it waited."""
+    async with bench(folder, timeouts=Timeouts(pool=2.0)) as subject:
+        (held, *_) = await subject.encode(request("r0", [large(seed) for seed in range(4)]))
+        assert held.ref is not None
+        one = held.ref.nbytes
+        with pytest.raises(Overloaded) as refused:
+            await subject.encode(request("r1", [large(seed) for seed in range(10, 14)]))
+        # Nothing was given out for as long as it waited.
+        assert refused.value.retry_after_s == pytest.approx(2.0, abs=0.1)
+        waiting = asyncio.create_task(
+            subject.encode(request("r2", [large(seed) for seed in range(10, 14)]))
+        )
+        await asyncio.sleep(0.2)
+        await subject.encode(request("r3", [png(picture(1))]))  # fits beside the four, and passes
+        small = subject.service._embeddings[max(subject.service._embeddings)].extent.nbytes
+        with pytest.raises(Overloaded) as refused:
+            await waiting
+        assert 4 * one / small > 3
+        expected = min(60.0, 2.0 * 4 * one / small)
+        assert refused.value.retry_after_s == pytest.approx(expected, rel=0.05)
+        for name in ("r0", "r3"):
+            subject.service.cancel(name)
+
+
 async def test_who_is_not_to_wait_is_told_at_once_and_takes_nothing(folder: Path) -> None:
     async with bench(folder) as subject:
         await subject.embeddings("r0", [large(0)])

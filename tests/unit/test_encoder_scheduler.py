@@ -11,6 +11,7 @@ from triptych.encoder.scheduler import (
     PASSES,
     URGENT_BATCHES,
     EncodeScheduler,
+    retry_after,
 )
 from triptych.errors import Overloaded
 
@@ -137,6 +138,17 @@ def test_preparation_does_not_run_far_ahead_of_the_forward() -> None:
     assert subject.next_to_prepare() is None
 
 
+def test_an_image_larger_than_a_batch_is_one_when_preparation_runs_ahead() -> None:
+    """As many are under way as of images that fill a batch: the forward is fed all the same."""
+    subject = scheduler(preparers=10)
+    for number in range(10):
+        subject.add(number, BUDGET + BUDGET // 3, 1, 10 * (BUDGET + BUDGET // 3))
+    assert prepare_all(subject) == list(range(AHEAD_BATCHES))
+    assert subject.next_batch() == [0]
+    assert subject.next_to_prepare() == AHEAD_BATCHES
+    assert subject.next_to_prepare() is None
+
+
 def test_no_more_images_in_preparation_than_threads() -> None:
     subject = scheduler(preparers=2)
     for number in range(3):
@@ -185,17 +197,58 @@ def refusal(subject: EncodeScheduler, patches: int, nbytes: int) -> float:
 
 
 def test_who_is_refused_is_told_when_there_will_be_room() -> None:
-    subject = scheduler(queue_patches=1000, queue_nbytes=100)
-    subject.add(1, 1000, 100, 1000)
-    assert refusal(subject, 500, 0) == 1.0  # nothing has been measured yet
+    for patches, nbytes, expected in (
+        (500, 0, 5.0),
+        (0, 20, 2.0),  # a fifth of the files
+        (1, 0, 1.0),
+        (100_000, 0, 10.0),  # an empty queue takes anything
+    ):
+        subject = scheduler(queue_patches=1000, queue_nbytes=100)
+        subject.add(1, 1000, 100, 1000)
+        assert refusal(subject, patches, nbytes) == 1.0  # nothing has been measured yet
+        subject = scheduler(queue_patches=1000, queue_nbytes=100)
+        subject.add(1, 1000, 100, 1000)
+        subject.encoded(100, 1.0)
+        assert refusal(subject, patches, nbytes) == pytest.approx(expected)
+        for _ in range(50):
+            subject.encoded(400, 1.0)
+        assert refusal(subject, 1000, 0) == pytest.approx(2.5, rel=0.01)
+
+
+def test_who_is_refused_after_others_is_told_to_come_after_them() -> None:
+    subject = scheduler(queue_patches=1000, preparers=1)
+    for number in range(2):
+        subject.add(number, 500, 1, 500)
     subject.encoded(100, 1.0)
-    assert refusal(subject, 500, 0) == pytest.approx(5.0)
-    assert refusal(subject, 0, 20) == pytest.approx(2.0)  # a fifth of the files
-    assert refusal(subject, 1, 0) == 1.0
-    assert refusal(subject, 100_000, 0) == 60.0
-    for _ in range(50):
-        subject.encoded(400, 1.0)
-    assert refusal(subject, 1000, 0) == pytest.approx(2.5, rel=0.01)
+    assert [refusal(subject, 200, 0) for _ in range(3)] == pytest.approx([2, 4, 6])
+    # Nobody waits for longer than the queue: those before it may never come again.
+    assert [refusal(subject, 200, 0) for _ in range(4)] == pytest.approx([8, 10, 10, 10])
+    subject.next_to_prepare()
+    subject.prepared(0)
+    assert subject.next_batch() == [0]
+    # Of what was promised half has been encoded, and so has half of the queue.
+    subject.check_room(500, 0)
+    assert refusal(subject, 501, 0) == pytest.approx(5.0)
+    subject.done(0)
+
+
+def test_promises_are_forgotten_once_they_are_kept() -> None:
+    subject = scheduler(queue_patches=1000, preparers=1)
+    subject.encoded(100, 1.0)
+    for number in range(4):
+        subject.add(number, 1000, 1, 1000)
+        assert refusal(subject, 100, 0) == pytest.approx(1.0)
+        subject.next_to_prepare()
+        subject.prepared(number)
+        assert subject.next_batch() == [number]
+        subject.done(number)
+
+
+def test_times_to_come_again_are_bounded() -> None:
+    assert retry_after(1000, 0.0) == 1.0
+    assert retry_after(0, 10.0) == retry_after(10, 100.0) == 1.0
+    assert retry_after(250, 100.0) == 2.5
+    assert retry_after(1e9, 1.0) == 60.0
 
 
 def test_a_phase_cannot_be_skipped() -> None:

@@ -56,6 +56,13 @@ class _Work:
         return self.turn, self.number
 
 
+def retry_after(patches: float, pace: float) -> float:
+    """Seconds until so many patches are encoded at ``pace`` patches a second (0: not known yet),
+    within ``RETRY_AFTER_S``."""
+    shortest, longest = RETRY_AFTER_S
+    return min(longest, max(shortest, patches / pace)) if pace else shortest
+
+
 class EncodeScheduler:
     """Images from their arrival to the end of their forward, known by a number of the caller's.
 
@@ -81,6 +88,8 @@ class EncodeScheduler:
         self._queued_nbytes = 0
         self._pace = 0.0
         """Patches a second; 0 before the first forward."""
+        self._promised = 0
+        """So many patches will have begun when all requests that were refused have had room."""
 
     @property
     def queued(self) -> tuple[int, int, int]:
@@ -96,14 +105,14 @@ class EncodeScheduler:
         if excess > 0:
             raise Overloaded(
                 f"more than {self._queue_patches} vision patches wait to be encoded",
-                retry_after_s=self._seconds(excess),
+                retry_after_s=self._promise(excess, patches),
             )
         excess_nbytes = self._queued_nbytes + nbytes - self._queue_nbytes
         if excess_nbytes > 0:
             share = excess_nbytes / max(1, self._queued_nbytes)
             raise Overloaded(
                 f"more than {self._queue_nbytes} bytes of files wait to be encoded",
-                retry_after_s=self._seconds(share * self._queued_patches),
+                retry_after_s=self._promise(round(share * self._queued_patches), patches),
             )
 
     def encoded(self, patches: int, seconds: float) -> None:
@@ -112,12 +121,15 @@ class EncodeScheduler:
         memory = PACE_MEMORY if self._pace else 0.0
         self._pace = memory * self._pace + (1 - memory) * pace
 
-    def _seconds(self, patches: float) -> float:
-        """Until so many patches of the queue are encoded, as it went so far."""
-        shortest, longest = RETRY_AFTER_S
-        if not self._pace:
-            return shortest
-        return min(longest, max(shortest, patches / self._pace))
+    def _promise(self, excess: int, patches: int) -> float:
+        """Seconds until a request that is refused has room: ``excess`` patches of the queue are
+        encoded by then, and the ``patches`` of those that were refused before it have had room.
+        They may not come again, and an empty queue takes anything: nobody is told to wait longer
+        than the whole queue takes."""
+        promised = self._promised - self._begun_patches + patches
+        wait = min(max(excess, promised), self._queued_patches)
+        self._promised = self._begun_patches + wait
+        return retry_after(wait, self._pace)
 
     def add(self, number: int, patches: int, nbytes: int, request_patches: int) -> None:
         """``request_patches``: of all images that came with this one."""
@@ -141,8 +153,9 @@ class EncodeScheduler:
         others = (*preparing.values(), *self._in_phase[Phase.PREPARED].values())
         ahead = chosen.patches + sum(work.patches for work in others)
         sooner = chosen.patches + sum(w.patches for w in others if w.order < chosen.order)
-        batches = AHEAD_BATCHES + (URGENT_BATCHES if sooner <= self._batch_patches else 0)
-        if others and ahead > batches * self._batch_patches:
+        batch = max(self._batch_patches, chosen.patches)  # a larger image is a batch by itself
+        batches = AHEAD_BATCHES + (URGENT_BATCHES if sooner <= batch else 0)
+        if others and ahead > batches * batch:
             return None
         self._advance(chosen, Phase.PREPARING)
         return chosen.number
