@@ -46,7 +46,7 @@ def create(role: str, config: Any, secrets: Secrets) -> Server:
 
     Blocks while the model loads. Raises ConfigError and UnsupportedModel.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     made: Server = importlib.import_module(f"triptych.{role}.server").create(config, secrets)
     gc.collect()
     gc.freeze()  # what is loaded lives as long as the process: no need to search it ever again
@@ -55,7 +55,7 @@ def create(role: str, config: Any, secrets: Secrets) -> Server:
     return made
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Arrays of some MiB come and go with every image and every step. By itself glibc returns them
     to the kernel, and the next one's pages are faulted in one by one: half of what preprocessing
     a small image took."""
