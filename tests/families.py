@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers.processing_utils import ProcessorMixin
 
-from tests.transformers_video import stand_in
+from tests.transformers_video import arrays_of_tensors, stand_in
 from triptych.demo.tiny import FAMILIES
 from triptych.media.pixtral import PixtralText
 from triptych.media.placeholder import SAME_PROCESSOR
@@ -53,9 +52,7 @@ def processed(processor: Processor, conversation: list[Any], **images: Any) -> d
 
     ``images``: what its image processor is told besides.
     """
-    with warnings.catch_warnings():
-        # Some processors hand tensors to NumPy.
-        warnings.filterwarnings("ignore", "__array", DeprecationWarning)
+    with arrays_of_tensors():
         made = whole_processor(processor).apply_chat_template(
             conversation,
             tokenize=True,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -78,6 +79,7 @@ def stand_in() -> Iterator[None]:
 FOLDERS = {
     "Qwen2VLVideoProcessor": "qwen2_vl",
     "Qwen3VLVideoProcessor": "qwen3_vl",
+    "Glm4vVideoProcessor": "glm4v",
     "LlavaOnevisionVideoProcessor": "llava_onevision",
     "InternVLVideoProcessor": "internvl",
 }
@@ -90,6 +92,14 @@ def video_processor_class(name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     with stand_in():
         return getattr(importlib.import_module(module), name)
+
+
+@contextmanager
+def arrays_of_tensors() -> Iterator[None]:
+    """Some processors hand tensors to NumPy, which warns of how they become arrays."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array", DeprecationWarning)
+        yield
 
 
 def full_processor(folder: Path) -> Any:

@@ -14,7 +14,7 @@ import torch
 from tests.end_to_end.encoder_bench import WAIT_S, bench, picture, png, request, until
 from tests.end_to_end.video_reference import LIMITS, SAMPLED, clip, skip_rowless
 from tests.families import WITH_VIDEO
-from tests.transformers_video import full_processor
+from tests.transformers_video import arrays_of_tensors, full_processor
 from tests.videos import sound
 from triptych import wire
 from triptych.demo.tiny import make_tiny_model
@@ -43,14 +43,17 @@ def expected_rows(folder: Path, model: Any, file: bytes) -> torch.Tensor:
     sampling: dict[str, Any] = {"fps": 2}
     if family in SAMPLED:
         sampling = {"num_frames": min(SAMPLED[family], header.frames)}
-    inputs = processor(
-        text=[processor.video_token],
-        videos=[frames],
-        video_metadata=[{"total_num_frames": header.frames, "fps": header.fps}],
-        do_sample_frames=True,
-        return_tensors="pt",
-        **sampling,
-    )
+    metadata = {"total_num_frames": header.frames, "fps": header.fps}
+    metadata["duration"] = header.frames / header.fps
+    with arrays_of_tensors():
+        inputs = processor(
+            text=[processor.video_token],
+            videos=[frames],
+            video_metadata=[metadata],
+            do_sample_frames=True,
+            return_tensors="pt",
+            **sampling,
+        )
     known = ("pixel_values_videos", "video_grid_thw", "pixel_values")
     arguments = {name: inputs[name] for name in known if name in inputs}
     features = model.get_image_features if family == "internvl" else model.get_video_features

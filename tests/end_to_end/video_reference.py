@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import transformers
 from transformers import AutoModelForImageTextToText
 
 from tests.end_to_end.reference import Expected, data_uri, picture
-from tests.transformers_video import full_processor
+from tests.transformers_video import arrays_of_tensors, full_processor
 from tests.videos import video, video_uri
 from triptych.config import MediaLimits
 from triptych.media.video import decode, read_header
@@ -81,14 +80,19 @@ class VideoReference:
         if self.family in SAMPLED:
             fewest = min((header.frames for header in headers), default=0)
             options = {"num_frames": min(SAMPLED[self.family], fewest)}
-        metadata = [{"total_num_frames": header.frames, "fps": header.fps} for header in headers]
+        metadata = [
+            {
+                "total_num_frames": header.frames,
+                "fps": header.fps,
+                "duration": header.frames / header.fps,
+            }
+            for header in headers
+        ]
         if files:
             options |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": True}
         if images:
             options["images"] = [images]
-        with warnings.catch_warnings():
-            # InternVL's processor of older Transformers versions hands tensors to NumPy.
-            warnings.filterwarnings("ignore", "__array_wrap__", DeprecationWarning)
+        with arrays_of_tensors():
             return self.processor(text=[text], return_tensors="pt", **options)
 
     @torch.inference_mode()

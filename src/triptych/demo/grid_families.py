@@ -124,7 +124,10 @@ GRID_FAMILIES: dict[str, Family] = {
         video_processor={"video_processor_type": "Qwen3VLVideoProcessor", **_qwen_pixels(16)},
     ),
     "glm4v": Family(
-        template=Template(image="<|begin_of_image|><|image|><|end_of_image|>"),
+        template=Template(
+            image="<|begin_of_image|><|image|><|end_of_image|>",
+            video="<|begin_of_video|><|video|><|end_of_video|>",
+        ),
         special={"image_token": "<|image|>", "video_token": "<|video|>"},
         tokens=(
             "<|begin_of_image|>",
@@ -156,6 +159,11 @@ GRID_FAMILIES: dict[str, Family] = {
             "image_processor_type": "Glm4vImageProcessor",
             **_qwen_pixels(14),
             "size": {"shortest_edge": 2 * 56 * 56, "longest_edge": 2 * 336 * 336},
+        },
+        video_processor={
+            "video_processor_type": "Glm4vVideoProcessor",
+            **_qwen_pixels(14),
+            "size": {"shortest_edge": 2 * 56 * 56, "longest_edge": 8 * 112 * 112},
         },
     ),
     "pixtral": Family(

@@ -41,6 +41,11 @@ DEFAULTS: dict[str, Json] = {
         "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32},
         "fps": 2,
     },
+    "Glm4vVideoProcessor": {
+        **COMMON, **CLIP, "temporal_patch_size": 2, "merge_size": 2, "patch_size": 14,
+        "size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 2 * 30_000},
+        "fps": 2, "max_duration": 300,
+    },
     "LlavaOnevisionVideoProcessor": {
         **COMMON, **CLIP, "size": {"height": 384, "width": 384}, "num_frames": 32,
     },
@@ -53,6 +58,7 @@ DEFAULTS: dict[str, Json] = {
 many frames are taken (``fps``, ``num_frames``): all but Qwen3-VL's classes leave that to their
 caller and take every frame when not told. Here it is what the models were made for."""
 BY_FAMILY = {
+    "glm4v": "Glm4vVideoProcessor",
     "qwen2_5_vl": "Qwen2VLVideoProcessor",
     "qwen2_vl": "Qwen2VLVideoProcessor",
     "qwen3_vl": "Qwen3VLVideoProcessor",
@@ -115,7 +121,7 @@ class VideoProcessor:
                     f"{len(indices)} frames of the video would be encoded, the limit is "
                     f"{limits.max_frames}"
                 )
-            if self._family.startswith("qwen"):
+            if "temporal_patch_size" in self.settings:
                 return self._plan_grid(header, indices)
             return self._plan_tiles(indices)
         except ValueError as exc:
@@ -141,6 +147,7 @@ class VideoProcessor:
         sample: Callable[[VideoHeader], Any] = {
             "Qwen2VLVideoProcessor": self._sample_even,
             "Qwen3VLVideoProcessor": self._sample_ends,
+            "Glm4vVideoProcessor": self._sample_seconds,
             "LlavaOnevisionVideoProcessor": self._sample_first,
             "InternVLVideoProcessor": self._sample_middle,
         }[self.name]
@@ -172,6 +179,21 @@ class VideoProcessor:
         n_frames = min(wanted, settings["max_frames"], total)
         return np.linspace(0, total - 1, n_frames).round().astype(int)
 
+    def _sample_seconds(self, header: VideoHeader) -> Any:
+        """``fps`` of each second, of long videos evenly; an odd last frame twice."""
+        fps, most_s = self.settings["fps"], self.settings["max_duration"]
+        duration = header.frames / header.fps
+        if duration <= most_s:
+            n_frames = max(math.floor(duration * fps), 1)
+            wanted = [math.ceil(i * header.fps / fps) for i in range(n_frames)]
+        elif int(most_s * fps) >= header.frames:
+            wanted = list(range(header.frames))
+        else:
+            times = np.linspace(0, duration, int(most_s * fps)).tolist()
+            wanted = [math.ceil(seconds * header.fps) for seconds in times]
+        indices = list(dict.fromkeys(min(index, header.frames - 1) for index in wanted))
+        return indices + indices[-1:] * (len(indices) % 2)
+
     def _sample_first(self, header: VideoHeader) -> Any:
         n_frames = min(max(1, int(self._wanted(header))), header.frames)
         return np.arange(n_frames) * header.frames // n_frames
@@ -194,7 +216,12 @@ class VideoProcessor:
         facts = {
             "video_grid_thw": np.array([grid]),
             "video_metadata": [
-                VideoMetadata(header.frames, fps=header.fps, frames_indices=list(indices))
+                VideoMetadata(
+                    header.frames,
+                    fps=header.fps,
+                    duration=header.frames / header.fps,
+                    frames_indices=list(indices),
+                )
             ],
         }
         text = str(self._hf.replace_video_token(facts, 0))
@@ -262,6 +289,8 @@ class VideoProcessor:
 def _merged(name: str, settings: Json) -> Json:
     """The checkpoint's settings over the class's. Raises UnsupportedModel."""
     given = {key: value for key, value in settings.items() if value is not None}
+    if name == "Glm4vVideoProcessor":
+        given.pop("num_frames", None)  # it has one and does not look at it
     if given.get("num_frames") is not None or given.get("fps") is not None:
         given.setdefault("num_frames", None)
         given.setdefault("fps", None)

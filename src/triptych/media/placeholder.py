@@ -38,6 +38,7 @@ MARKERS = {
     "smolvlm": Marker("image_token", "<image>"),
 }
 VIDEO_MARKERS = {
+    "glm4v": Marker("video_token", "<|video|>"),
     "internvl": Marker("video_token", "<video>"),
     "llava_onevision": Marker("video_token", "<video>"),
     "qwen2_5_vl": Marker("video_token", "<|video_pad|>"),
@@ -48,6 +49,9 @@ VIDEO_MARKERS = {
 NEVER_SMALLER = frozenset({"llava_next"})
 """Whose images have as many tiles as their shape asks for, and nothing says fewer: the model
 finds their number by its own configuration, whatever its processor is told."""
+ONE_KIND = ("glm4v",)
+"""Whose Transformers model takes images or videos in a request, not both: the rows of either stand
+at the same tokens."""
 
 
 def family(config: Any) -> str:

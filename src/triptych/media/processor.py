@@ -213,7 +213,7 @@ class Processor:
             return UnsupportedModel(f"{self._config.model_type} has no video processor")
         if self._family not in VIDEO_MARKERS:
             return UnsupportedModel("only its images are supported")
-        # Where the model has no token of its own for a video's rows, the frames are images.
+        # Where the model has no token of its own for a video's rows, they stand at an image's.
         token_id = video_token_id(self._config)
         row = self.row_token if token_id is None else self.hf.video_token
         patch = self._config.vision_config.patch_size

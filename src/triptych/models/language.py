@@ -22,7 +22,7 @@ from transformers import AttentionInterface, DynamicCache
 from triptych.errors import BadRequest, UnsupportedModel
 from triptych.models.compiled import compile_blocks
 from triptych.models.fused import fuse_products
-from triptych.models.refusals import image_token_id, longest_run, video_token_id
+from triptych.models.refusals import image_token_id, longest_run, video_marks, video_token_id
 from triptych.models.vision import planes
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class LanguageModel:
         self.image_token_id: int = token
         self.video_token_id = video_token_id(config)
         """None: the rows of videos, if it takes any, stand at image tokens."""
+        self._video_marks = video_marks(config)
         self.row_token_ids = frozenset(
             found for found in (token, self.video_token_id) if found is not None
         )
@@ -101,8 +102,14 @@ class LanguageModel:
         if self.axes == 1:
             return torch.arange(n_tokens)[None], n_tokens
         ids = torch.tensor(token_ids)[None]
-        is_image = self._rows(ids, "image", self.image_token_id, grids)
-        is_video = self._rows(ids, "video", self.video_token_id, video_grids)
+        is_image, is_video = ids == self.image_token_id, torch.zeros_like(ids, dtype=torch.bool)
+        if self.video_token_id is not None:
+            is_video = ids == self.video_token_id
+        elif self._video_marks is not None:
+            first, last = ((ids == mark).cumsum(-1) for mark in self._video_marks)
+            is_image, is_video = is_image & (first == last), is_image & (first != last)
+        self._check_rows(is_image, "image", grids)
+        self._check_rows(is_video, "video", video_grids)
         if not grids and not video_grids:  # text advances on all axes together
             return torch.arange(n_tokens).expand(self.axes, -1), n_tokens
         timed = {"second_per_grid_ts": torch.tensor(seconds_per_grid)} if seconds_per_grid else {}
@@ -115,16 +122,15 @@ class LanguageModel:
         )
         return positions[:, 0], n_tokens + int(delta[0])
 
-    def _rows(self, ids: Tensor, kind: str, token: int | None, grids: Sequence[Grid]) -> Tensor:
-        """Which of ``ids`` stand for rows of this kind. Raises BadRequest: not as many as rows."""
-        found = ids == token if token is not None else torch.zeros_like(ids, dtype=torch.bool)
+    def _check_rows(self, found: Tensor, kind: str, grids: Sequence[Grid]) -> None:
+        """``found``: the tokens that stand for rows of this kind. Raises BadRequest: not as many as
+        there are rows."""
         merge = self._inner.config.vision_config.spatial_merge_size**2
         n_rows = sum(math.prod(grid) // merge for grid in grids)
         if int(found.sum()) != n_rows:
             raise BadRequest(
                 f"the prompt has {int(found.sum())} {kind} tokens, its {kind}s have {n_rows} rows"
             )
-        return found
 
     def embed(self, ids: Tensor) -> Tensor:
         """``ids`` (tokens,) int64 → (tokens, width); rows' tokens get a value to be overwritten."""

@@ -66,8 +66,18 @@ def longest_run(config: PreTrainedConfig) -> int:
     return int(config.mm_tokens_per_image) if config.model_type == "gemma3" else 0
 
 
+def video_marks(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Tokens before and after a video whose rows stand at image tokens; None: they are told from
+    images by their own token."""
+    if config.model_type not in ("glm4v", "glm4v_moe"):
+        return None
+    return int(config.video_start_token_id), int(config.video_end_token_id)
+
+
 def video_token_id(config: PreTrainedConfig) -> int | None:
     """The same for the rows of videos; None: the model has none, or image tokens stand for them."""
+    if video_marks(config) is not None:
+        return None
     token: int | None = getattr(config, "video_token_id", None)
     return getattr(config, "video_token_index", None) if token is None else token
 

@@ -20,7 +20,13 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from triptych.config import ModelConfig
 from triptych.errors import BadRequest, UnsupportedModel
-from triptych.media.placeholder import NEVER_SMALLER, family, placeholder, video_placeholder
+from triptych.media.placeholder import (
+    NEVER_SMALLER,
+    ONE_KIND,
+    family,
+    placeholder,
+    video_placeholder,
+)
 from triptych.request import KINDS, Kind
 from triptych.router.offload import INLINE_CHARACTERS, offload
 from triptych.router.openai import ChatRequest
@@ -54,7 +60,8 @@ class Prompter:
         markers = [m for m in (self.placeholder, self.video_placeholder) if m is not None]
         self._markers = re.compile("|".join(f"({re.escape(marker)})" for marker in markers))
         self.image_token_id = _image_token_id(model)
-        self.row_token_ids = tuple({self.image_token_id, *_video_token_ids(model)})
+        video_tokens = () if self.family in ONE_KIND else _video_token_ids(model)
+        self.row_token_ids = tuple({self.image_token_id, *video_tokens})
         """Tokens of the prompt that stand for embedding rows."""
         self.stop_ids = _stop_ids(config, model, self._tokenizer)
         """Tokens that end an answer."""
@@ -108,6 +115,10 @@ class Prompter:
                     raise BadRequest(
                         f"{param} contains {reserved}, which marks images or videos", param=param
                     )
+        if self.family in ONE_KIND and len({item.kind for item in chat.items()}) > 1:
+            raise BadRequest(
+                f"{self.family} takes images or videos, not both in one request", param="messages"
+            )
         for item in chat.items():
             if self.video_placeholder is None and item.kind == "video":
                 raise BadRequest(f"{self.family} takes no videos here", param="messages")
