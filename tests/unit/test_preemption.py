@@ -57,6 +57,25 @@ def test_the_youngest_gives_way_and_is_computed_again() -> None:
     assert young.output == [7] * 10 and young.n_prompt == 13
 
 
+def test_the_short_rest_of_a_prompt_takes_blocks_from_who_is_younger() -> None:
+    """It goes first in a step as far as blocks are free, and in its turn like any other."""
+    owner = scheduler(n_blocks=6, overlap="always")
+    old = prompt("old", 13, items=(Item(12, 13, 1),))
+    owner.add(old)
+    while old.computed < 12:
+        run(owner.schedule(), owner)
+    owner.add(prompt("young", 4, answer=20))
+    while owner.blocks.n_free:
+        run(owner.schedule(), owner)
+    old.items[0].where = Rows.LANDED
+    for _ in range(8):  # the younger one computes until its last block is full
+        step = owner.schedule()
+        run(step, owner)
+        if ("old", 12, 13) in shown(step):
+            break
+    assert old.computed == 13 and [entry.request_id for entry in owner.queue] == ["young"]
+
+
 def test_a_preempted_sequence_is_before_all_that_came_later() -> None:
     owner = scheduler(n_blocks=6, chunk=20)
     for name in ("old", "young", "later"):

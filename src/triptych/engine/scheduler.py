@@ -276,10 +276,10 @@ class Scheduler:
         budget = self.chunk_tokens - sum(s.phase is Phase.DECODE for s in self.running)
         first = [s for s in self.running if s.phase is Phase.DECODE or self._goes_first(s)]
         fill = [s for s in self.running if s not in first] if self.overlap == "adaptive" else []
-        short = self._short(first, budget)
-        for sequence in short:
+        for sequence in self._short(first, budget):
             budget -= self._chunk(sequence, budget, chunks, preempts=False)
-        for sequence in (s for s in first if s not in short):
+        chunked = [work.sequence for work in chunks]
+        for sequence in (s for s in first if s not in chunked):
             if sequence.phase is Phase.DECODE:
                 start = sequence.computed
                 if self._reach(sequence, start + 1, preempts=True) > start:
