@@ -134,6 +134,41 @@ async def test_a_worker_lost_with_no_other_is_named(prompter: Prompter) -> None:
             await d.ask()
 
 
+async def test_a_workers_end_may_be_heard_in_any_order(prompter: Prompter) -> None:
+    """The request's connection is reset first, the channel ends later, a successor comes last."""
+    workers = epd()
+    workers[3].hold = asyncio.Event()
+    async with deploy(prompter, *workers) as d:
+        ask = asyncio.create_task(d.ask())
+        dying = d.worker("decode")
+        await until(lambda: bool(dying.calls))
+        for connection in dying.server.server_state.connections:
+            connection.transport.abort()  # type: ignore[union-attr]
+        await asyncio.sleep(0.1)
+        assert not ask.done()
+        await dying.channel.close()
+        dying.hold.set()  # type: ignore[union-attr]
+        successor = StubWorker("decode", 1, router=d.url, answer=dying.answer)
+        async with successor.running():
+            assert (await ask).choices[0].message.content == SAID
+            assert successor.seen("/decode")
+            successor.server.stop()
+
+
+async def test_a_worker_that_is_there_and_resets_connections_is_named(prompter: Prompter) -> None:
+    workers = epd()
+    workers[3].hold = asyncio.Event()
+    async with deploy(prompter, *workers) as d:
+        ask = asyncio.create_task(d.ask())
+        decode = d.worker("decode")
+        await until(lambda: bool(decode.calls))
+        for connection in decode.server.server_state.connections:
+            connection.transport.abort()  # type: ignore[union-attr]
+        with pytest.raises(openai.InternalServerError, match="decode-0"):
+            await ask
+        decode.hold.set()  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("error", [WorkerLost("no answer", item=0), TransferFailed("x", item=0)])
 async def test_prefill_that_cannot_read_an_encoder_moves_the_image(
     prompter: Prompter, error: Any

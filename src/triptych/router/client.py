@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from typing import TypeVar
 
@@ -15,6 +16,8 @@ from triptych.router.connection import BadAnswer, Pool
 from triptych.router.membership import Worker
 
 M = TypeVar("M", bound=wire.Message)
+NEWS_S = 0.5
+"""For the end of a worker's channel to be heard after that of another of its connections."""
 LARGE_NBYTES = 1 << 16
 _BIN_8, _BIN_32 = b"\xc4", b"\xc6"
 """MessagePack's first bytes of byte strings, before lengths of one and of four bytes. A file of
@@ -60,6 +63,7 @@ class WorkerClient:
                 raise WorkerLost(f"{worker.worker_id} was lost before it answered {path}") from exc
             raise WorkerLost(f"{worker.worker_id} did not answer {path} in {limit:g} s") from exc
         except (BadAnswer, OSError) as exc:
+            await _heard(worker)
             raise WorkerLost(
                 f"{worker.worker_id} at {worker.url}: {exc or type(exc).__name__}"
             ) from exc
@@ -73,6 +77,14 @@ class WorkerClient:
 
     async def close(self) -> None:
         self._pool.close()
+
+
+async def _heard(worker: Worker) -> None:
+    """Returns when its channel has ended too, or has had the time to: a process that dies closes
+    its connections one after the other, and whether it has died decides what is tried next."""
+    if worker.channel.is_open:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(worker.drained.wait(), NEWS_S)
 
 
 def pieces(message: wire.Message) -> list[bytes]:
