@@ -252,6 +252,8 @@ def _reason(exc: Exception) -> str:
     """Short, and without addresses of our network."""
     if isinstance(exc, aiohttp.ClientConnectorDNSError):
         return "the host name is unknown"
+    if isinstance(exc, aiohttp.ClientConnectorCertificateError):
+        return "the host's certificate is not one that is trusted here"
     if isinstance(exc, aiohttp.ClientConnectorError):
         return "the host does not accept a connection"
     if isinstance(exc, aiohttp.InvalidURL):
