@@ -1,11 +1,21 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
 from triptych.errors import BadMedia, BadRequest, Overloaded, Unauthorized, WorkerLost
 from triptych.request import TokenEvent, TopLogprob
-from triptych.router.answers import DONE, Answer, Delta, Usage, error_event
+from triptych.router.answers import (
+    DONE,
+    Answer,
+    Chunk,
+    ChunkChoice,
+    ChunkDelta,
+    Delta,
+    Usage,
+    error_event,
+)
 from triptych.router.openai import ChatRequest, error_body, parse
 
 URL = "data:image/png;base64,AA=="
@@ -245,6 +255,17 @@ def test_a_stream_says_who_speaks_then_text_then_why_it_ends() -> None:
     }  # fmt: skip
     assert built.events(Delta("", (event(2, 3),))) == b""
     assert built.closing(Usage(1, 2, 3)) == DONE
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_events_are_chunks(usage: bool) -> None:
+    """Each begins with the same bytes, which are not made anew; as a whole they must be chunks."""
+    built = answer(usage=usage)
+    (raw,) = built.events(Delta("a b", (event(0, 1),))).split(b"\n\n")[:-1]
+    chunk = msgspec.json.decode(raw.removeprefix(b"data: "), type=Chunk)
+    assert chunk.usage is (None if usage else msgspec.UNSET)
+    assert chunk.choices == (ChunkChoice(0, ChunkDelta(content="a b")),)
+    assert raw == b"data: " + msgspec.json.encode(chunk)
 
 
 def test_usage_in_a_stream_comes_last_and_is_null_before() -> None:

@@ -172,17 +172,18 @@ def run(detokenizer: Detokenizer, tokens: Sequence[int]) -> list[str]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(seed=st.integers(0, 10**9), n=st.integers(0, 60))
+@given(seed=st.integers(0, 10**9), n=st.integers(0, 60), additive=st.booleans())
 def test_pieces_joined_equal_all_at_once(
-    bytewise: PreTrainedTokenizerFast, seed: int, n: int
+    bytewise: PreTrainedTokenizerFast, seed: int, n: int, additive: bool
 ) -> None:
     rng = random.Random(seed)
-    tokens = [rng.randrange(len(bytewise)) for _ in range(n)]
+    common = [*bytewise("héllo 你 end", add_special_tokens=False)["input_ids"]]
+    tokens = [rng.choice((rng.randrange(len(bytewise)), rng.choice(common))) for _ in range(n)]
 
     def decode(ids: Sequence[int]) -> str:
         return str(bytewise.decode(ids, skip_special_tokens=True))
 
-    assert "".join(run(Detokenizer(decode), tokens)) == decode(tokens)
+    assert "".join(run(Detokenizer(decode, additive=additive), tokens)) == decode(tokens)
 
 
 @settings(max_examples=200, deadline=None)
@@ -194,7 +195,8 @@ def test_text_ends_before_the_first_stop_string(
     bytewise: PreTrainedTokenizerFast, words: str, stops: list[str]
 ) -> None:
     tokens = bytewise(words, add_special_tokens=False)["input_ids"]
-    detokenizer = Detokenizer(lambda ids: str(bytewise.decode(ids)), stops)
+    additive = len(words) % 2 == 0
+    detokenizer = Detokenizer(lambda ids: str(bytewise.decode(ids)), stops, additive=additive)
     found = "".join(run(detokenizer, tokens))
     cuts = [words.find(stop) for stop in stops if stop in words]
     assert detokenizer.stopped == bool(cuts)
@@ -221,10 +223,38 @@ def test_text_held_for_a_stop_string_is_sent_at_the_end() -> None:
     assert run(detokenizer, [0, 1]) == ["a", "", "b"]
 
 
-def test_a_cut_character_waits_for_its_rest(bytewise: PreTrainedTokenizerFast) -> None:
-    tokens = [bytewise.convert_tokens_to_ids(c) for c in "ðŁĺĢ"]
-    detokenizer = Detokenizer(lambda ids: str(bytewise.decode(ids)))
-    assert [detokenizer.push(t) for t in tokens] == ["", "", "", "😀"]
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_cut_character_waits_for_its_rest(
+    bytewise: PreTrainedTokenizerFast, additive: bool
+) -> None:
+    tokens = [bytewise.convert_tokens_to_ids(c) for c in "aðŁĺĢa"]
+    detokenizer = Detokenizer(lambda ids: str(bytewise.decode(ids)), additive=additive)
+    assert [detokenizer.push(t) for t in tokens] == ["a", "", "", "", "😀", "a"]
+
+
+def test_whole_characters_are_decoded_one_by_one(bytewise: PreTrainedTokenizerFast) -> None:
+    """Where a tokenizer puts bytes together and does nothing else."""
+    asked: list[int] = []
+
+    def decode(ids: Sequence[int]) -> str:
+        asked.append(len(ids))
+        return str(bytewise.decode(ids))
+
+    tokens = bytewise("end of text 你", add_special_tokens=False)["input_ids"]
+    detokenizer = Detokenizer(decode, additive=True)
+    assert "".join(run(detokenizer, tokens)) == "end of text 你"
+    assert asked[:5] == [1] * 5
+
+
+def test_only_byte_level_tokenizers_are_additive(tmp_path: Path) -> None:
+    """Others join pieces with spaces, or take one away from the first."""
+    folder = make_tiny_model(tmp_path, "qwen3_vl")
+    assert Prompter(ModelConfig(str(folder))).additive
+    path = folder / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["decoder"] = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first"}
+    path.write_text(json.dumps(settings))
+    assert not Prompter(ModelConfig(str(folder))).additive
 
 
 def test_bytes_that_never_make_a_character_are_sent_at_last() -> None:

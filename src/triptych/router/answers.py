@@ -17,8 +17,7 @@ EVENTS = "text/event-stream; charset=utf-8"
 DONE = b"data: [DONE]\n\n"
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """What one or several tokens add to the answer."""
 
     text: str
@@ -138,7 +137,11 @@ class Answer:
         self._created = int(time.time())
         self._piece = piece
         self._logprobs = logprobs
-        self._usage: Usage | None | msgspec.UnsetType = None if usage_in_stream else msgspec.UNSET
+        self._usage_in_stream = usage_in_stream
+        chunk = Chunk(self._id, "chat.completion.chunk", self._created, model, ())
+        self._begin = b"data: " + msgspec.json.encode(chunk).removesuffix(b"[]}")
+        """Of an event, up to its choices; no two events of an answer begin otherwise."""
+        self._end = b',"usage":null}\n\n' if usage_in_stream else b"}\n\n"
         self._choices = [_Whole() for _ in range(n_choices)]
 
     # ------------------------------------------------------------------ streamed
@@ -164,16 +167,14 @@ class Answer:
 
     def closing(self, usage: Usage) -> bytes:
         """The last events: usage if it was asked for, then the end."""
-        if self._usage is msgspec.UNSET:
+        if not self._usage_in_stream:
             return DONE
-        self._usage = usage
-        return self._event(()) + DONE
+        shown = msgspec.json.encode(usage)
+        return b"".join((self._begin, b'[],"usage":', shown, b"}\n\n", DONE))
 
     def _event(self, choices: tuple[ChunkChoice, ...]) -> bytes:
-        chunk = Chunk(
-            self._id, "chat.completion.chunk", self._created, self._model, choices, self._usage
-        )
-        return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+        """A ``Chunk``."""
+        return b"".join((self._begin, msgspec.json.encode(choices), self._end))
 
     # ------------------------------------------------------------------ whole
 

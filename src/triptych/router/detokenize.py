@@ -17,8 +17,17 @@ class Detokenizer:
     character, as far as a character is not cut there.)
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stops: Sequence[str] = (),
+        *,
+        additive: bool = False,
+    ) -> None:
+        """``additive``: the text of tokens is that of each by itself, wherever each is whole
+        characters."""
         self._decode = decode
+        self._additive = additive
         self._stops = tuple(stops)
         self._longest = max((len(stop) for stop in stops), default=0)
         self._context: list[int] = []
@@ -33,6 +42,11 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Text that is certain now; often "" and sometimes several tokens' worth."""
+        if self._additive and not self._pending:
+            alone = self._decode((token,))
+            if alone and REPLACEMENT not in alone:
+                self._context, self._context_text = [token], alone
+                return self._cut(alone)
         self._pending.append(token)
         text = self._decode([*self._context, *self._pending])
         waiting = text.endswith(REPLACEMENT) or len(text) <= len(self._context_text)

@@ -33,7 +33,8 @@ class Inbox:
         self._from: dict[str, int] = {}
         """Index of the last token of each worker, whose own tokens come in order."""
         self._ready: deque[TokenEvent | StageFailed] = deque()
-        self._wake = asyncio.Event()
+        self._wake: asyncio.Future[None] | None = None
+        """Of the one who waits."""
 
     def token(self, worker: Worker, event: TokenEvent) -> None:
         last = self._from.get(worker.worker_id)
@@ -45,7 +46,7 @@ class Inbox:
         if event.index == self._next and not self._held:  # as nearly always
             self._next += 1
             self._ready.append(event)
-            self._wake.set()
+            self._rouse()
             return
         if event.index < self._next:
             return
@@ -53,19 +54,19 @@ class Inbox:
         while self._next in self._held:
             self._ready.append(self._held.pop(self._next))
             self._next += 1
-        self._wake.set()
+        self._rouse()
 
     def fail(self, worker: Worker, error: TriptychError, *, reported: bool = False) -> None:
         if self._next > self._first and worker.role in ("encoder", "prefill"):
             return  # their work is done; if decode misses anything of it, decode says so
         self._ready.append(StageFailed(worker, error, reported=reported))
-        self._wake.set()
+        self._rouse()
 
     async def take(self) -> list[TokenEvent]:
         """All tokens that have come, at least one. Raises StageFailed. No deadline of its own."""
         while not self._ready:
-            self._wake.clear()
-            await self._wake.wait()
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
         taken: list[TokenEvent] = []
         while self._ready:
             item = self._ready[0]
@@ -76,6 +77,10 @@ class Inbox:
             taken.append(item)
             self._ready.popleft()
         return taken
+
+    def _rouse(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
 
     def check(self) -> None:
         """Raises StageFailed if a worker has reported one."""

@@ -92,7 +92,8 @@ class Pipeline:
 
     async def _answer(self, call: Call, rendered: str, files: list[File], emit: Emit) -> Usage:
         """One answer, with as many tries as it takes. Raises what it ends with otherwise."""
-        text = Detokenizer(self._prompter.decode, call.chat.stops)
+        prompter = self._prompter
+        text = Detokenizer(prompter.decode, call.chat.stops, additive=prompter.additive)
         while True:
             attempt = self._next_attempt(call)
             cancel: Sequence[Worker] | None = None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from tokenizers import decoders
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -50,6 +51,9 @@ class Prompter:
         # Called for every prompt and token: Transformers' own code around the work costs more
         # than the work.
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        decoder = getattr(self._backend, "decoder", None)
+        self.additive = isinstance(decoder, decoders.ByteLevel)
+        """As ``Detokenizer`` has it: bytes of tokens are put together, and nothing else is done."""
         self._alone: dict[int, str] = {}
         """Texts of single tokens, which are asked for after each of an answer."""
         self.family = family(model)
