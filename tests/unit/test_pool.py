@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -193,6 +193,33 @@ def taken(subject: Pool, pages: int) -> Extent:
     return extent
 
 
+async def test_of_what_can_be_evicted_the_first_that_are_large_enough_are_looked_at() -> None:
+    """There are thousands, and a full pool looks at every request."""
+    subject = pool(100)
+    extents = [taken(subject, pages) for pages in (1, 2, 1, 2, *[1] * 94)]
+    seen = 0
+
+    def evictable() -> Iterator[Extent]:
+        nonlocal seen
+        for extent in extents:
+            seen += 1
+            yield extent
+
+    def evict(nbytes: int) -> bool:
+        subject.free(extents.pop(0))
+        return True
+
+    subject.evictable, subject.on_pressure = evictable, evict
+    assert [extent.nbytes for extent in subject.try_allocate_all([2 * PAGE, PAGE]) or ()] == [
+        2 * PAGE,
+        PAGE,
+    ]
+    assert seen == 4
+    # Only side by side they are large enough: all are looked at, and as few as will do are freed.
+    taken(subject, 50)
+    assert seen > 90 and len(extents) >= 40
+
+
 async def test_pressure_evicts_for_the_one_who_asks() -> None:
     subject = pool(4)
     cache = Cached(subject, [1, 1, 1, 1])
@@ -287,12 +314,11 @@ async def test_bytes_by_state_are_metrics() -> None:
     export_usage("a test's", subject)
     extents = [taken(subject, pages) for pages in (1, 2, 3, 1)]
     subject.quarantine(extents[0], 0.01)
-    subject.evictable = lambda: [extents[1]]
-    subject.leased = lambda: [extents[2]]
+    subject.full = lambda: (extents[2].nbytes, extents[1].nbytes)
     expected = {"free": 3, "pinned": 1, "leased": 3, "cached": 2, "quarantined": 1}
     assert exported("a test's") == {state: n * PAGE for state, n in expected.items()}
     assert sum(subject.usage().values()) == subject.nbytes
-    subject.evictable = subject.leased = tuple
+    subject.full = lambda: (0, 0)
     taken(subject, 3)
     await subject.allocate(PAGE, LONG)  # when the quarantine is over
     assert exported("a test's")["pinned"] == 10 * PAGE

@@ -23,6 +23,7 @@ from triptych.encoder import counts
 from triptych.encoder.admission import Admission
 from triptych.encoder.cache import EmbeddingCache
 from triptych.encoder.embedding import Draft, Embedding
+from triptych.encoder.kept import Kept
 from triptych.encoder.planner import Asked, Planner
 from triptych.encoder.preparation import Prepared, Preparer, preparation_error
 from triptych.encoder.runner import BatchResult, Runner, warm_up_batches
@@ -75,12 +76,13 @@ class EncoderService:
         self._model = model
         self._worker = worker
         self.producer = producer(self._on_idle)
+        self._kept = Kept()
         pool_nbytes = config.pool_mib << 20
         self.pool = Pool(
             region.carve(pool_nbytes),
             pool_nbytes,
-            evictable=self._evictable,
-            leased=self._leased,
+            evictable=self._kept.evictable,
+            full=self._kept.full,
             on_pressure=self._relieve,
         )
         export_usage("embeddings", self.pool)
@@ -104,6 +106,8 @@ class EncoderService:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._embeddings: dict[int, Embedding] = {}
         """By slot."""
+        self._coming: dict[int, Embedding] = {}
+        """Those of them that are not full yet."""
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -151,9 +155,8 @@ class EncoderService:
     def cancel(self, request_id: str) -> None:
         """Drop the request's leases and what is done for nobody else. Idempotent."""
         self._admission.cancel(request_id)
-        for embedding in self._embeddings.values():
-            if embedding.waiters:
-                embedding.waiters = [w for w in embedding.waiters if w[0] != request_id]
+        for embedding in self._coming.values():
+            embedding.waiters = [w for w in embedding.waiters if w[0] != request_id]
         self.producer.cancel(request_id)
 
     # ------------------------------------------------------------------ before the answer
@@ -204,7 +207,7 @@ class EncoderService:
         embedding = Embedding(ref.slot, meta, extent, draft.patches, raw=draft.raw)
         counts.looked_up("miss")
         embedding.waiters.append((request, index))
-        self._embeddings[ref.slot] = embedding
+        self._embeddings[ref.slot] = self._coming[ref.slot] = embedding
         self.cache.add(meta.key, ref.slot)
         self._scheduler.add(ref.slot, draft.patches, len(draft.raw.data), together)
         return wire.EncodedItem(index, meta=meta, ref=ref)
@@ -215,7 +218,9 @@ class EncoderService:
         ref = self.producer.lend_again(slot, holder=session_id, request_id=request)
         assert isinstance(ref, EmbeddingRef)
         counts.looked_up("hit" if embedding.cached else "joined")
-        if not embedding.cached:
+        if embedding.cached:
+            self._kept.lease(slot, embedding.extent)
+        else:
             embedding.waiters.append((request, index))
         return wire.EncodedItem(index, cached=embedding.cached, meta=embedding.meta, ref=ref)
 
@@ -285,6 +290,8 @@ class EncoderService:
         """The embedding is in its slot: whoever claimed it may read."""
         self.cache.filled(embedding.slot)
         embedding.cached = True
+        del self._coming[embedding.slot]
+        self._kept.lease(embedding.slot, embedding.extent)
         piece = wire.Piece(embedding.extent.offset, embedding.meta.nbytes)
         self.producer.ready(embedding.slot, [piece], last=True)
         for request, index in embedding.waiters:
@@ -317,6 +324,7 @@ class EncoderService:
         if embedding is None:
             return
         if embedding.cached:
+            self._kept.cache(slot, embedding.extent)
             self.pool.serve()  # what was pinned may make room for a waiter now
         elif embedding.failed:
             self._drop(embedding)
@@ -329,26 +337,13 @@ class EncoderService:
         """Forget a slot without leases and give its memory back. Idempotent."""
         if self._embeddings.pop(embedding.slot, None) is None:
             return
+        self._coming.pop(embedding.slot, None)
+        self._kept.forget(embedding.slot)
         if embedding.preparing is not None:
             embedding.preparing.cancel()
         self.cache.remove(embedding.slot)
         self.producer.close_slot(embedding.slot)
         self.pool.free(embedding.extent)
-
-    def _evictable(self) -> list[Extent]:
-        """Embeddings that nobody has leased: they stay until their room is needed."""
-        return [
-            embedding.extent
-            for slot, embedding in self._embeddings.items()
-            if embedding.cached and not self.producer.leases(slot)
-        ]
-
-    def _leased(self) -> list[Extent]:
-        return [
-            embedding.extent
-            for slot, embedding in self._embeddings.items()
-            if embedding.cached and self.producer.leases(slot)
-        ]
 
     def _relieve(self, nbytes: int) -> bool:
         """The pool is full: let the embedding go that nobody has used for the longest time."""

@@ -50,7 +50,7 @@ class Pool:
     ``evictable()``: extents that their owner could free at once. When a request does not fit, but
     would without them, ``on_pressure(nbytes)`` is called until it fits: each time it frees one of
     them, and returns False if there is none. When they would not be enough, none is freed.
-    ``leased()``: extents whose bytes are complete and lent to somebody.
+    ``full()``: bytes of extents that are complete: lent to somebody, and evictable.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class Pool:
         page: int = 4096,
         *,
         evictable: Callable[[], Iterable[Extent]] = tuple,
-        leased: Callable[[], Iterable[Extent]] = tuple,
+        full: Callable[[], tuple[int, int]] = lambda: (0, 0),
         on_pressure: Callable[[int], bool] | None = None,
     ) -> None:
         self.nbytes = nbytes // page * page
         self.free_nbytes = self.nbytes
         """Bytes that are neither in use nor in quarantine (perhaps not contiguous)."""
         self.evictable = evictable
-        self.leased = leased
+        self.full = full
         self.on_pressure = on_pressure
         self._page = page
         self._free: list[tuple[int, int]] = [(offset, self.nbytes)] if self.nbytes else []
@@ -170,8 +170,7 @@ class Pool:
 
     def usage(self) -> dict[str, int]:
         """Bytes by what they are doing; together, the whole pool."""
-        cached = sum(extent.nbytes for extent in self.evictable())
-        leased = sum(extent.nbytes for extent in self.leased())
+        leased, cached = self.full()
         return {
             "free": self.free_nbytes,
             "pinned": self.used_nbytes - self.quarantined_nbytes - leased - cached,
@@ -212,8 +211,14 @@ class Pool:
         return extents
 
     def _would_fit(self, sizes: list[int]) -> bool:
-        """Without everything that can be evicted."""
-        evictable = [(extent.offset, extent.nbytes) for extent in self.evictable()]
+        """Without everything that can be evicted. Looked at are, mostly, the first few of it."""
+        largest, roomy = max(sizes), 0
+        evictable: list[tuple[int, int]] = []
+        for extent in self.evictable():
+            evictable.append((extent.offset, extent.nbytes))
+            roomy += extent.nbytes >= largest
+            if roomy == len(sizes):
+                return True  # each of the sizes has one to itself
         holes: list[tuple[int, int]] = []
         for start, length in sorted([*self._free, *evictable]):
             if holes and sum(holes[-1]) == start:
