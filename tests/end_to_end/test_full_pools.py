@@ -18,8 +18,9 @@ from triptych.demo.tiny import make_tiny_model
 from triptych.errors import NoRoom
 from triptych.router.prompt import Prompter
 
-POOL_S = 60.0
-"""``timeouts.pool``: requests that wait for each other in a circle end by it."""
+POOL_S = 200.0
+"""``timeouts.pool``: requests that wait for each other in a circle end by it. What must be done
+before takes seconds, or a minute where other work has most of the machine."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_requests_over_two_full_encoders_do_not_lock_up(folder: Path) -> None:
 
         async def burst() -> list[str]:
             client = openai.AsyncOpenAI(
-                base_url=f"{cluster.url}/v1", api_key="-", max_retries=0, timeout=120
+                base_url=f"{cluster.url}/v1", api_key="-", max_retries=0, timeout=POOL_S
             )
 
             async def ask(number: int) -> str:
