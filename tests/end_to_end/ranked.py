@@ -31,13 +31,14 @@ class RankedFamily(Family):
     """
 
     def __init__(self, folder: Path, family: str, device: str = "cpu") -> None:
-        super().__init__(folder, family)
-        config = ModelConfig(str(self.folder), "float32", device)
+        config = ModelConfig(str(folder), "float32", device)
         engine = EngineConfig(
             kv_mib=1, block_size=BLOCK_SIZE, threads=1, tensor_parallel=2, selftest=False
         )
+        # The follower imports what it needs meanwhile, and waits before it reads the model.
         self.group = Group("language", config, engine, PATIENT)
         try:
+            super().__init__(folder, family)
             self.group.join()
             self.first_rank = load_language(config, self.group)
             self.group.open_pools(OpenPool("nonce", engine.kv_mib * MIB, None, ""))

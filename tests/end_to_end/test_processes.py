@@ -23,28 +23,35 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Refe
     torch.set_num_threads(threads)
 
 
-def test_encoders_prefill_and_decode_apart(model: tuple[Path, Reference]) -> None:
-    folder, reference = model
-    with Served(folder, "E/P/D", ("--encoders", "2")) as served:
+@pytest.fixture(scope="class")
+def served(model: tuple[Path, Reference]) -> Iterator[Served]:
+    with Served(model[0], "E/P/D", ("--encoders", "2")) as running:
+        yield running
+
+
+class TestApart:
+    """Of one deployment, in this order: every process takes seconds to start."""
+
+    def test_encoders_prefill_and_decode(
+        self, model: tuple[Path, Reference], served: Served
+    ) -> None:
         roles = ("router", "encoder", "prefill", "decode")
         assert [len(served.workers(role)) for role in roles] == [1, 2, 1, 1]
-        check(served.url, reference)
+        check(served.url, model[1])
         assert moved_by(served.url) == {"shm"}
 
-
-def test_killed_workers_come_back(model: tuple[Path, Reference]) -> None:
-    """The router goes on; an encoder that is gone is done without, the others are waited for."""
-    folder, reference = model
-    with Served(folder, "E/P/D", ("--encoders", "2")) as served:
-        check(served.url, reference)
+    def test_killed_workers_come_back(self, model: tuple[Path, Reference], served: Served) -> None:
+        """The router goes on; an encoder that is gone is done without, the others are waited
+        for."""
+        check(served.url, model[1])
         served.workers("encoder")[0].kill()
-        check(served.url, reference)
+        check(served.url, model[1])
         for role in ("prefill", "decode"):
             (worker,) = served.workers(role)
             worker.kill()
             worker.wait(10)
         served.wait()
-        check(served.url, reference)
+        check(served.url, model[1])
         assert moved_by(served.url) == {"shm"}
 
 

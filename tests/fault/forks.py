@@ -1,7 +1,8 @@
 """Roles as processes that are forked from one which has imported everything.
 
-What they run is ``triptych`` with a command line; what is saved is several seconds of imports for
-each. The parent has one thread and has computed nothing, so its children may do what they like.
+What they run is ``triptych`` with a command line, or a module of the tests; what is saved is
+several seconds of imports for each. The parent has one thread and has computed nothing, so its
+children may do what they like.
 """
 
 from __future__ import annotations
@@ -70,9 +71,11 @@ class Forks:
         self._reader.join(START_S)
         self._parent.stdout.close()
 
-    def start(self, argv: Sequence[str], log: Path, env: dict[str, str]) -> Forked:
-        """``triptych`` with these arguments; what it prints goes to ``log``."""
-        wanted = {"argv": list(argv), "log": str(log), "env": env}
+    def start(
+        self, argv: Sequence[str], log: Path, env: dict[str, str], module: str = "triptych.cli"
+    ) -> Forked:
+        """``main(argv)`` of ``module``; what it prints goes to ``log``."""
+        wanted = {"module": module, "argv": list(argv), "log": str(log), "env": env}
         assert self._parent.stdin is not None
         with self._told:
             n_before = len(self._started)
@@ -98,15 +101,13 @@ class Forks:
 
 def become(wanted: dict[str, Any]) -> None:
     """In the child: run the command. Does not return."""
-    from triptych import cli
-
     out = os.open(wanted["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     null = os.open(os.devnull, os.O_RDONLY)
     for source, fd in ((null, 0), (out, 1), (out, 2)):
         os.dup2(source, fd)
     os.environ.update(wanted["env"])
     try:
-        cli.main(wanted["argv"])
+        importlib.import_module(wanted["module"]).main(wanted["argv"])
     finally:
         os._exit(1)
 

@@ -1,4 +1,4 @@
-"""A leader and its follower, busy: ``python -m tests.fault.rank_leader MODEL PATIENCE_S``.
+"""A leader and its follower, busy.
 
 Says on stdout which process follows, then answers one request after the other, each with a line.
 """
@@ -6,7 +6,7 @@ Says on stdout which process follows, then answers one request after the other, 
 from __future__ import annotations
 
 import queue
-import sys
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,9 @@ from triptych.stage.ranks import OpenPool, RankGroup
 SAMPLING = Sampling(max_tokens=20, temperature=0)
 
 
-def main(model: str, patience_s: float) -> None:
+def main(arguments: Sequence[str]) -> None:
+    """``arguments``: the model's folder, seconds of ranks' patience with each other."""
+    model, patience_s = arguments[0], float(arguments[1])
     log.setup("leader")
     torch.set_num_threads(1)
     config = ModelConfig(model, load_format="dummy")
@@ -43,7 +45,3 @@ def main(model: str, patience_s: float) -> None:
             continue
         number += 1
         print("answered", flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))

@@ -1,4 +1,8 @@
-"""Workers of a served topology killed under load: every answer is the one it would have been."""
+"""Workers killed under load: every answer is the one it would have been.
+
+Those that are killed are replaced, by processes that are forked, or by ``triptych serve`` itself:
+there each start takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import re
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +20,8 @@ from _pytest.mark import ParameterSet
 
 from tests.end_to_end.reference import question
 from tests.end_to_end.served import Served
+from tests.fault.deployed import Deployed
+from tests.fault.forks import Forks
 from triptych.demo.tiny import make_tiny_model
 
 MAX_TOKENS = 60
@@ -30,17 +36,31 @@ def full(after: int) -> ParameterSet:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder: Path = make_tiny_model(tmp_path_factory.mktemp("model"), "qwen3_vl")
-    options = ("--encoders", "2", "--prefills", "2", "--decodes", "2", "--chunk-tokens", "64")
-    with Served(folder, "E/P/D", options) as running:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"), "qwen3_vl")
+
+
+@pytest.fixture(scope="module")
+def deployed(
+    forks: Forks, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployed]:
+    counts = dict.fromkeys(ROLES, 2)
+    options = {"prefill": ("--chunk-tokens", "64"), "decode": ("--chunk-tokens", "64")}
+    with Deployed(forks, folder, counts, tmp_path_factory.mktemp("logs"), options) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def expected(served: Served) -> list[list[str]]:
+def expected(deployed: Deployed) -> list[list[str]]:
     """Every request's answer when nothing goes wrong."""
-    return together(served)
+    return together(deployed.url)
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[Served]:
+    options = ("--encoders", "2", "--prefills", "2", "--decodes", "2", "--chunk-tokens", "64")
+    with Served(folder, "E/P/D", options) as running:
+        yield running
 
 
 class Tokens:
@@ -60,14 +80,14 @@ class Tokens:
             assert self._changed.wait_for(lambda: self._count >= count, BACK_S)
 
 
-def together(served: Served, role: str = "", after: int = 0) -> list[list[str]]:
-    """All requests at once. A worker of ``role`` is killed when that many tokens have come."""
+def together(url: str, kill: Callable[[], None] | None = None, after: int = 0) -> list[list[str]]:
+    """All requests at once; ``kill`` is called when that many tokens have come."""
     come = Tokens()
     with ThreadPoolExecutor(REQUESTS) as pool:
-        asked = [pool.submit(answer, served.url, n, come) for n in range(REQUESTS)]
-        if role:
+        asked = [pool.submit(answer, url, n, come) for n in range(REQUESTS)]
+        if kill is not None:
             come.wait_for(after)
-            served.workers(role)[0].kill()  # the oldest: each is started again a few times only
+            kill()
         return [each.result() for each in asked]
 
 
@@ -112,9 +132,13 @@ def metric(url: str, name: str) -> float:
     return float(found.group(1)) if found else 0.0
 
 
-def wait_for_all(served: Served) -> None:
+def retries(url: str) -> float:
+    return metric(url, 'triptych_retries_total{role="decode"}')
+
+
+def wait_for_all(url: str) -> None:
     end = time.monotonic() + BACK_S
-    while any(metric(served.url, f'triptych_workers{{role="{role}"}}') != 2 for role in ROLES):
+    while any(metric(url, f'triptych_workers{{role="{role}"}}') != 2 for role in ROLES):
         assert time.monotonic() < end, "a killed worker did not come back"
         time.sleep(0.2)
 
@@ -122,11 +146,27 @@ def wait_for_all(served: Served) -> None:
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("after", [0, 120, *(full(n) for n in (1, 6, 20, 60, 200, 300))])
 def test_every_answer_is_whole(
-    served: Served, expected: list[list[str]], role: str, after: int
+    deployed: Deployed, expected: list[list[str]], role: str, after: int
 ) -> None:
     """``after``: tokens of all answers together when the worker dies."""
-    wait_for_all(served)
-    before = metric(served.url, 'triptych_retries_total{role="decode"}')
-    assert together(served, role, after) == expected
+    wait_for_all(deployed.url)
+    before = retries(deployed.url)
+    assert together(deployed.url, deployed.alive(role)[0].process.kill, after) == expected
     if role == "decode" and 20 <= after <= 200:
-        assert metric(served.url, 'triptych_retries_total{role="decode"}') > before
+        assert retries(deployed.url) > before
+    deployed.until(lambda: len(deployed.alive(role)) == 1)
+    deployed.start(role)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("after", [0, 1, 6, 20, 60, 120, 200, 300])
+def test_serve_starts_them_again(
+    served: Served, expected: list[list[str]], role: str, after: int
+) -> None:
+    wait_for_all(served.url)
+    before = retries(served.url)
+    oldest = served.workers(role)[0]  # each is started again a few times only
+    assert together(served.url, oldest.kill, after) == expected
+    if role == "decode" and 20 <= after <= 200:
+        assert retries(served.url) > before

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.fault.forks import Forks
 from triptych.demo.tiny import make_tiny_model
 from triptych.stage.ranks import EXIT_GIVEN_UP
 
@@ -30,27 +29,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Leader:
-    def __init__(self, model: Path, log: Path, patience_s: float) -> None:
+    def __init__(self, forks: Forks, model: Path, log: Path, patience_s: float) -> None:
         self.log = log
-        command = [sys.executable, "-m", "tests.fault.rank_leader", str(model), str(patience_s)]
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=file, text=True, bufsize=1
-            )
-        assert self.process.stdout is not None
-        self.said = self.process.stdout
-        line = self.said.readline()
-        assert line, log.read_text()
-        self.follower = psutil.Process(int(line))
-        assert self.said.readline() == "answered\n"
+        self.process = forks.start(
+            (str(model), str(patience_s)), log, {}, module="tests.fault.rank_leader"
+        )
+        end = time.monotonic() + START_S
+        while "answered" not in (said := log.read_text() if log.exists() else "").splitlines():
+            assert self.process.poll() is None and time.monotonic() < end, said
+            time.sleep(0.05)
+        pid = next(line for line in said.splitlines() if line.isdecimal())
+        self.follower = psutil.Process(int(pid))
 
     def ended(self, within_s: float) -> int:
         return self.process.wait(within_s)
 
 
 @contextmanager
-def leading(model: Path, folder: Path, patience_s: float) -> Iterator[Leader]:
-    leader = Leader(model, folder / "leader.log", patience_s)
+def leading(forks: Forks, model: Path, folder: Path, patience_s: float) -> Iterator[Leader]:
+    leader = Leader(forks, model, folder / "leader.log", patience_s)
     try:
         yield leader
     finally:
@@ -58,7 +55,6 @@ def leading(model: Path, folder: Path, patience_s: float) -> Iterator[Leader]:
         if leader.follower.is_running():
             leader.follower.kill()
         leader.process.wait(AT_ONCE_S)
-        leader.said.close()
 
 
 def gone(process: psutil.Process) -> bool:
@@ -70,16 +66,16 @@ def gone(process: psutil.Process) -> bool:
     return False
 
 
-def test_a_killed_follower_ends_its_leader(model: Path, tmp_path: Path) -> None:
-    with leading(model, tmp_path, START_S) as leader:
+def test_a_killed_follower_ends_its_leader(forks: Forks, model: Path, tmp_path: Path) -> None:
+    with leading(forks, model, tmp_path, START_S) as leader:
         leader.follower.kill()
         assert leader.ended(AT_ONCE_S) == EXIT_GIVEN_UP
         assert "the group of 2 ranks ends: " in leader.log.read_text()
 
 
 @pytest.mark.full
-def test_a_killed_leader_ends_its_follower(model: Path, tmp_path: Path) -> None:
-    with leading(model, tmp_path, START_S) as leader:
+def test_a_killed_leader_ends_its_follower(forks: Forks, model: Path, tmp_path: Path) -> None:
+    with leading(forks, model, tmp_path, START_S) as leader:
         leader.process.kill()
         assert leader.ended(AT_ONCE_S) == -signal.SIGKILL
         assert gone(leader.follower)
@@ -87,9 +83,9 @@ def test_a_killed_leader_ends_its_follower(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_stopped_follower_is_waited_for_no_longer_than_agreed(
-    model: Path, tmp_path: Path
+    forks: Forks, model: Path, tmp_path: Path
 ) -> None:
-    with leading(model, tmp_path, PATIENCE_S) as leader:
+    with leading(forks, model, tmp_path, PATIENCE_S) as leader:
         os.kill(leader.follower.pid, signal.SIGSTOP)
         assert leader.ended(PATIENCE_S + AT_ONCE_S) == EXIT_GIVEN_UP
         assert gone(leader.follower)
