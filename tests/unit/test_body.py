@@ -126,6 +126,13 @@ def test_too_much_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         reader.restored()
 
 
+def test_more_files_than_one_digit_numbers() -> None:
+    raw = json.dumps([uri(bytes([n])) for n in range(12)]).encode()
+    reader = every(50, raw)
+    assert reader.restored() == raw
+    assert not any(a != b and b.startswith(a) for a in reader.files for b in reader.files)
+
+
 def test_names_cannot_be_known() -> None:
     first, second = (every(9, json.dumps([uri(b"abc")]).encode()) for _ in range(2))
     assert first.files.keys().isdisjoint(second.files)

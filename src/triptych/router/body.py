@@ -151,7 +151,7 @@ class BodyReader:
         if not decoded:  # the last group, which was decoded before, had no bits to lose
             last = next((piece for piece in reversed(self._pieces) if piece), b"")
             characters = pybase64.b64encode(last[-3:])
-        name = f"{self.prefix}{len(self.files)}"
+        name = f"{self.prefix}{len(self.files)}:"  # no name begins another
         self.files[name] = Inline(opening, self._pieces, characters[-4:].decode())
         self._text += name.encode()
         self._leave()
