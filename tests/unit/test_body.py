@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from typing import Any
 
 import pytest
@@ -169,8 +170,19 @@ def test_any_json_in_any_parts(value: Any, cuts: list[int]) -> None:
         assert base64.b64decode(reader.files[name].url.partition(",")[2]) == data
 
 
+def unescaped(raw: bytes) -> bytes:
+    def one(escape: re.Match[bytes]) -> bytes:
+        try:
+            return bodies._unescape(escape)
+        except ValueError:
+            return escape[0]
+
+    return bodies._ESCAPE.sub(one, raw)
+
+
 @settings(max_examples=400, deadline=None)
 @given(st.binary(max_size=120), st.lists(st.integers(0, 120), max_size=6))
 def test_any_bytes_are_put_back(noise: bytes, cuts: list[int]) -> None:
+    """But for escapes that base64 never needs: this string has no end, and no parser takes it."""
     raw = b'"data:;base64,' + noise
-    assert read(raw, *cuts).restored() == raw
+    assert unescaped(read(raw, *cuts).restored()) == unescaped(raw)
