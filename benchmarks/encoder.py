@@ -185,7 +185,7 @@ class Measurement:
             targets.append(("1080p", self.large, 8, "≥ 1.5", "≥ 1.5"))
         n_turns = FEW_TURNS if self.config.brief else TURNS
         for name, pictures, at_once, *wanted in targets:
-            turns = [await self._turn(pictures, at_once) for _ in range(n_turns)]
+            turns = [await self._turn(pictures, at_once, n_turns) for _ in range(n_turns)]
             label = f"{name}, {at_once} at a time"
             self.figures.add(label, float(np.median([turn[0] for turn in turns])), "images/s")
             loops_of = ("forwards alone", "reading, preprocessing, forward")
@@ -195,9 +195,11 @@ class Measurement:
                 what = f"{label} / plain loop of {what} ({plain:.1f} images/s)"
                 self.figures.add(what, ratio, "x", target)
 
-    async def _turn(self, pictures: Pictures, at_once: int) -> tuple[float, float, float]:
+    async def _turn(
+        self, pictures: Pictures, at_once: int, n_turns: int
+    ) -> tuple[float, float, float]:
         """Images a second: ours, the plain loop's forwards alone, the whole plain loop's."""
-        seconds = self.config.seconds / TURNS
+        seconds = self.config.seconds / n_turns
         alone, everything = await asyncio.to_thread(self.plain.rates, pictures, seconds / 2)
         return await throughput(self.encoder, pictures, at_once, seconds), alone, everything
 
