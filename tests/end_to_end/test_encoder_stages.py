@@ -95,6 +95,36 @@ async def test_both_go_on_during_a_forward(folder: Path, monkeypatch: pytest.Mon
         await read_all(subject, "r1", second)
 
 
+async def test_the_next_forward_is_begun_before_anybody_is_told_of_the_last(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU does not wait while messages are written."""
+    async with bench(folder) as subject:
+        service, order = subject.service, []
+        submit, ready = service._runner.submit, service.producer.ready
+
+        def submitted(batch: Any) -> None:
+            order.append("submitted")
+            submit(batch)
+
+        def told(*args: Any, **more: Any) -> None:
+            order.append("told")
+            ready(*args, **more)
+
+        monkeypatch.setattr(service._runner, "submit", submitted)
+        monkeypatch.setattr(service.producer, "ready", told)
+        subject.gate.open.clear()
+        first = await subject.encode(request("r0", [png(picture(0))]))
+        await until(subject.gate.entered.is_set)
+        second = await subject.encode(request("r1", [png(picture(1))]))
+        (waiting,) = (item.ref.slot for item in second if item.ref is not None)
+        await until(lambda: service._embeddings[waiting].prepared is not None)
+        subject.gate.open.set()
+        await read_all(subject, "r0", first)
+        await read_all(subject, "r1", second)
+        assert order == ["submitted", "submitted", "told", "told"]
+
+
 async def test_what_nobody_wants_any_more_is_not_preprocessed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

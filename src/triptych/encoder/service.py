@@ -276,6 +276,8 @@ class EncoderService:
         self._busy_since = result.copied if self._scheduler.queued[0] else None
         for slot in result.slots:
             self._scheduler.done(slot)
+        self._pump()  # first: the next forward waits for none of what follows
+        for slot in result.slots:
             embedding = self._embeddings[slot]
             if slot in result.errors:
                 self._fail(embedding, result.errors[slot])
@@ -284,7 +286,6 @@ class EncoderService:
             else:  # cancelled while its forward ran
                 counts.aborted("encoded")
                 self._drop(embedding)
-        self._pump()
 
     def _finish(self, embedding: Embedding, result: BatchResult) -> None:
         """The embedding is in its slot: whoever claimed it may read."""
