@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 class Held:
-    """A function whose calls wait, but for the first ``free`` of them, and say who makes them."""
+    """A function whose calls say who makes them and wait, but for those with one of ``free``."""
 
-    def __init__(self, function: Any, free: int = 0) -> None:
+    def __init__(self, function: Any, free: Sequence[bytes] = ()) -> None:
         self.threads: list[str] = []
         self.inside = 0
         self.open = threading.Event()
@@ -31,9 +32,9 @@ class Held:
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
+        free = args[0] in self._free
         with self._lock:
             self.threads.append(threading.current_thread().name.rsplit("_", 1)[0])
-            free = len(self.threads) <= self._free
             self.inside += not free
         assert free or self.open.wait(WAIT_S)
         result = self._function(*args)
@@ -51,10 +52,11 @@ async def read_all(subject: Bench, name: str, items: tuple[wire.EncodedItem, ...
 async def test_images_decode_in_parallel_while_the_first_is_encoded(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode = Held(preparation.decode, free=1)
+    files = [png(picture(seed)) for seed in range(4)]
+    decode = Held(preparation.decode, free=files[:1])
     monkeypatch.setattr(preparation, "decode", decode)
     async with bench(folder, media_threads=4) as subject:
-        items = await subject.encode(request("r1", [png(picture(seed)) for seed in range(4)]))
+        items = await subject.encode(request("r1", files))
         await until(lambda: decode.inside == 3)  # all the others at once
         await until(lambda: subject.gate.batches == [1])
         # The first can be read, although no other one has even been decoded.
@@ -70,12 +72,13 @@ async def test_images_decode_in_parallel_while_the_first_is_encoded(
 async def test_one_image_decodes_while_another_is_preprocessed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode = Held(preparation.decode, free=10)
+    files = [png(picture(seed)) for seed in range(2)]
+    decode = Held(preparation.decode, free=files)
     monkeypatch.setattr(preparation, "decode", decode)
     async with bench(folder, media_threads=1) as subject:
         preprocess = Held(subject.processor.preprocess)
         monkeypatch.setattr(subject.processor, "preprocess", preprocess)
-        items = await subject.encode(request("r1", [png(picture(seed)) for seed in range(2)]))
+        items = await subject.encode(request("r1", files))
         await until(lambda: len(decode.threads) == 2 and preprocess.inside == 1)
         preprocess.open.set()
         await read_all(subject, "r1", items)
