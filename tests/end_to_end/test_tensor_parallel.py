@@ -95,8 +95,9 @@ def test_requests_together(
 
 
 def test_drawn_answers_are_those_of_one_rank(family: RankedFamily, cases: list[Case]) -> None:
+    # Of seeds by which no draw lies within rounding (2e-8, seen with 11) of two tokens' boundary.
     samplings = [
-        Sampling(max_tokens=10, temperature=1.0, seed=11, logprobs=3),
+        Sampling(max_tokens=10, temperature=1.0, seed=21, logprobs=3),
         Sampling(max_tokens=10, temperature=0.8, top_p=0.9, seed=12, logprobs=3),
         Sampling(max_tokens=10, temperature=0, logprobs=3),
     ]
