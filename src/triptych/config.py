@@ -277,11 +277,10 @@ class LanguageConfig:
 @dataclass(frozen=True)
 class SharedConfig:
     """An encoder and a language worker in one process, which so share a GPU kernel by kernel: two
-    processes have it in turns."""
+    processes have it in turns. With ``--port`` the encoder has that one, the other the next."""
 
     model: tyro.conf.OmitArgPrefixes[ModelConfig]
     network: tyro.conf.OmitArgPrefixes[NetworkConfig] = field(default_factory=NetworkConfig)
-    """``port`` is the encoder's; the language worker has the next one."""
     limits: MediaLimits = field(default_factory=MediaLimits)
     engine: tyro.conf.OmitArgPrefixes[EngineConfig] = field(default_factory=EngineConfig)
     landing: tyro.conf.OmitArgPrefixes[LandingConfig] = field(default_factory=LandingConfig)
@@ -298,22 +297,22 @@ class SharedConfig:
         following = self.network.port + 1 if self.network.port else 0
         return {
             "encoder": EncoderConfig(
-                self.model,
-                self.network,
-                self.limits,
-                self.timeouts,
-                self.pool_mib,
-                self.batch_patches,
-                self.queue_patches,
-                self.media_threads,
-                self.engine.threads,
+                model=self.model,
+                network=self.network,
+                limits=self.limits,
+                timeouts=self.timeouts,
+                pool_mib=self.pool_mib,
+                batch_patches=self.batch_patches,
+                queue_patches=self.queue_patches,
+                media_threads=self.media_threads,
+                threads=self.engine.threads,
             ),
             "language": LanguageConfig(
-                self.model,
-                replace(self.network, port=following),
-                self.engine,
-                self.landing,
-                self.timeouts,
+                model=self.model,
+                network=replace(self.network, port=following),
+                engine=self.engine,
+                landing=self.landing,
+                timeouts=self.timeouts,
             ),
         }
 

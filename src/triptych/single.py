@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 from typing import Any, Protocol
 
+from triptych import options
 from triptych.config import Secrets, ServeConfig, SharedConfig
 from triptych.topology import role_configs
 
@@ -73,8 +74,10 @@ async def run_role(role: str, config: Any, secrets: Secrets) -> None:
 async def share(config: SharedConfig, secrets: Secrets) -> None:
     """An encoder and a language worker on this loop until SIGTERM or SIGINT.
 
-    Raises what keeps one of them from starting, or ended it.
+    Raises ConfigError, and what keeps one of them from starting, or ended it.
     """
+    for each in config.halves.values():
+        options.check(each)  # the port behind the last one, say
     workers = [create(role, each, secrets) for role, each in config.halves.items()]
     await _serve_until(_asked_to_end(), *workers)
 

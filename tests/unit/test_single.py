@@ -12,7 +12,7 @@ import pytest
 
 from triptych import single
 from triptych.config import ModelConfig, NetworkConfig, Secrets, ServeConfig, SharedConfig
-from triptych.errors import PeerRefused
+from triptych.errors import ConfigError, PeerRefused
 
 SECRETS = Secrets(b"0123456789abcdef")
 CONFIG = ServeConfig(ModelConfig("m"), topology="EPD", port=0)
@@ -98,6 +98,13 @@ async def test_two_workers_that_share_a_process(made: dict[str, Fake], up: async
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.wait_for(sharing, 5)
     assert made["encoder"].order[2:] == ["encoder down", "language down"]
+
+
+async def test_there_must_be_a_port_for_each_of_the_two(made: dict[str, Fake]) -> None:
+    network = NetworkConfig("http://r:1", port=65535)
+    with pytest.raises(ConfigError, match="65536"):
+        await single.share(SharedConfig(ModelConfig("m"), network), SECRETS)
+    assert not made
 
 
 async def test_one_that_fails_ends_all_with_its_error() -> None:

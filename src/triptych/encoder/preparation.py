@@ -86,7 +86,7 @@ class Preparer:
         preprocessors = GPU_PREPROCESSORS if processor.on_gpu else threads
         self.at_once = threads + preprocessors
         """Items in preparation that keep every thread busy."""
-        own = (_settle_thread, (model.device,))
+        own = (_settle_media_thread, (model.device,))
         self._decoding = ThreadPoolExecutor(threads, "encoder-decode", *own)
         self._preprocessing = ThreadPoolExecutor(preprocessors, "encoder-preprocess", *own)
 
@@ -140,7 +140,7 @@ class Preparer:
         return Prepared(self._model.stage(inputs), began, decoded, preprocessing, time.time())
 
 
-def _settle_thread(device: torch.device) -> None:
+def _settle_media_thread(device: torch.device) -> None:
     # Beside a GPU each works on an image of its own: its tensor operations start no threads
     # besides. On a CPU the limit would reach the model's own threads as well.
     settle(device, 0 if device.type == "cpu" else 1)

@@ -1,5 +1,4 @@
-"""Products that share their input, computed as one: a third of the launches of a decode step's
-attention, and none of its small matrices alone.
+"""Products that share their input, computed as one: fewer launches, and no small matrix alone.
 
 A layer of Transformers has its queries, keys and values, and the gate and what it lets through,
 from matrices of their own. Each of those here becomes a part of what one matrix gives: where
