@@ -10,8 +10,9 @@ import re
 
 from triptych.errors import BadMedia
 
-MOST_PARTS = 10_000
-"""Segments of a JPEG, chunks of a PNG, blocks of a GIF before the pixels: some ms for Pillow."""
+MOST_PARTS = 2_000
+"""Segments of a JPEG, chunks of a PNG, blocks of a GIF before the pixels, which Pillow reads on the
+event loop. Honest files have some hundred."""
 MOST_SCANS = 100
 """Of a JPEG. A progressive one has about ten."""
 _ALONE = frozenset({0x00, 0x01, 0xFF, *range(0xD0, 0xD9)})
