@@ -51,7 +51,7 @@ class Config:
     threads: int = 1
     """CPU threads of the model's operations, in the encoder and in the plain loop."""
     media_threads: int = 0
-    """Of the encoder; 0: 2 on a CPU, 16 beside a GPU."""
+    """As the encoder's option."""
     compile: bool = True
     """As the encoder's option."""
     brief: bool = False
@@ -300,7 +300,7 @@ async def measure(config: Config, folder: Path) -> dict[str, Any]:
         model,
         NetworkConfig(transport="http"),  # nobody reads the bytes
         pool_mib=8192 if config.on_gpu else 256,
-        media_threads=config.media_threads or (16 if config.on_gpu else 2),
+        media_threads=config.media_threads,
         threads=config.threads,
     )
     began = time.perf_counter()

@@ -78,6 +78,9 @@ class Plain:
 
     def __init__(self, model: ModelConfig) -> None:
         self.processor = Processor(model)
+        images = self.processor.hf.image_processor
+        if self.processor.backend == "pil":
+            images.__class__ = type(images).__base__  # Transformers' own arithmetic
         dtype = torch.float32 if model.dtype == "auto" else getattr(torch, model.dtype)
         cls = transformers.AutoModelForImageTextToText
         with quiet():

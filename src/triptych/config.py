@@ -236,8 +236,9 @@ class EncoderConfig:
     """Most vision patches of one forward."""
     queue_patches: int = 1_000_000
     """Most vision patches waiting; more are refused with 429."""
-    media_threads: int = 2
-    """Threads that decode images and videos; as many preprocess, unless a GPU does."""
+    media_threads: int = 0
+    """Threads that decode images and videos; as many preprocess, unless a GPU does. 0: one for
+    every two cores, at most 8."""
     threads: int = 0
     """CPU threads of the model's operations; 0: torch's default."""
 

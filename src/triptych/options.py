@@ -60,7 +60,7 @@ _AT_LEAST_ONE = {
     "batch_patches", "block_size", "concurrency", "decodes", "encoders",
     "landing_mib", "languages", "max_body_mib", "max_bytes", "max_choices", "max_frame_pixels",
     "max_frames", "max_held_mib", "max_images", "max_pixels", "max_requests", "max_sequences",
-    "max_tokens", "max_video_bytes", "max_videos", "media_threads", "pool_mib", "prefills",
+    "max_tokens", "max_video_bytes", "max_videos", "pool_mib", "prefills",
     "queue_patches", "repeats", "requests", "tensor_parallel", "together",
 }  # fmt: skip
 

@@ -190,4 +190,4 @@ async def test_cancel_on_the_channel_ends_the_work(folder: Path) -> None:
 def test_senseless_limits_are_refused(folder: Path) -> None:
     config = EncoderConfig(ModelConfig(str(folder)))
     with pytest.raises(ConfigError, match="media_threads"):
-        create(replace(config, media_threads=0), SECRETS)
+        create(replace(config, media_threads=-1), SECRETS)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import io
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.image_transforms import normalize
+from transformers.image_utils import ChannelDimension
 
 from triptych.config import MediaLimits
 from triptych.media.image import decode
-from triptych.media.pixels import pixels
+from triptych.media.pixels import normalized, pixels
 
 SIZES = [(1, 1), (3, 1), (1, 4), (37, 23), (1920, 1080)]
 
@@ -88,3 +91,18 @@ def test_an_image_in_several_blocks_is_copied() -> None:
     found = pixels(image)
     assert found.shape == (1080, 1920, 3)
     assert torch.equal(found, plain(image))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]), (0.5, 0.25)],
+)
+def test_normalized_as_transformers_does(size: tuple[int, int], mean: Any, std: Any) -> None:
+    image = np.asarray(picture(*size)).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
+    before = image.copy()
+    found = normalized(image, mean, std)
+    theirs = normalize(image, mean, std, input_data_format=ChannelDimension.FIRST)
+    assert found.dtype == theirs.dtype == np.float32
+    assert np.array_equal(found, theirs)
+    assert np.array_equal(image, before)

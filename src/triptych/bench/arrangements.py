@@ -34,7 +34,7 @@ class Sizes:
 
 
 SIZES = {
-    "tiny": Sizes(64, 64, 32, 512, 8192, 2),
+    "tiny": Sizes(64, 64, 32, 512, 8192, 0),
     # 56 KiB of KV a token, 7 KiB of embedding: eight 1080p images are 21.5k tokens, 1.2 GiB and
     # 147 MiB. Eight such requests have room at once.
     "qwen2.5-vl-7b": Sizes(10240, 4096, 1280, 2048, 16384, 8, 32768),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 GPU_PREPROCESSORS = 2
 """Threads that preprocess on a GPU: one hands over an image while the other waits for its own."""
+MOST_DECODERS = 8
+"""Threads that decode unless more are asked for: as many as a large request has images."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class Preparer:
     def __init__(
         self, processor: Processor, limits: MediaLimits, model: VisionModel, threads: int
     ) -> None:
-        """``threads``: that decode; as many preprocess, unless a GPU does."""
+        """``threads``: that decode; as many preprocess, unless a GPU does. 0: as usual."""
+        threads = threads or usual_threads()
         self._processor = processor
         self._limits = limits
         self._model = model
@@ -138,6 +142,13 @@ class Preparer:
     def _stage(self, inputs: dict[str, Tensor], began: float, decoded: float) -> Prepared:
         preprocessing = time.time()
         return Prepared(self._model.stage(inputs), began, decoded, preprocessing, time.time())
+
+
+def usual_threads() -> int:
+    """That decode. More than cores to run them wait for each other, some with Python's lock, and
+    event loops for them: on two cores two decoding and two preprocessing threads doubled what an
+    answer takes, and encoded no more images (docs/benchmarks/encoder.md)."""
+    return max(1, min(MOST_DECODERS, (os.cpu_count() or 1) // 2))
 
 
 def _settle_media_thread(device: torch.device) -> None:

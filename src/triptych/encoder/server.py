@@ -80,9 +80,11 @@ def create(config: EncoderConfig, secrets: Secrets) -> Stage:
 
     Blocks for seconds. Raises ConfigError and UnsupportedModel.
     """
-    for name in ("pool_mib", "batch_patches", "queue_patches", "media_threads"):
+    for name in ("pool_mib", "batch_patches", "queue_patches"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1")
+    if config.media_threads < 0:
+        raise ConfigError("media_threads must be at least 1, or 0 for what suits the machine")
     processor = Processor(config.model)
     stage = Stage(
         "encoder",

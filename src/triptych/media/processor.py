@@ -33,7 +33,7 @@ from triptych.errors import BadMedia, BadRequest, UnsupportedModel
 from triptych.media.clips import VideoPlan, VideoProcessor
 from triptych.media.image import ImageHeader
 from triptych.media.layouts import Parts, layout, options
-from triptych.media.pixels import pixels
+from triptych.media.pixels import normalized, pixels
 from triptych.media.pixtral import PixtralText
 from triptych.media.placeholder import NEVER_SMALLER, VIDEO_MARKERS, family, placeholder
 from triptych.media.video import Frame, VideoHeader
@@ -297,7 +297,12 @@ def _pil_image_processor(source: dict[str, Any]) -> Any:
     cls = getattr(transformers, named.removesuffix("Pil").removesuffix("Fast") + "Pil", None)
     if cls is None:
         raise UnsupportedModel(f"image processor {named} needs torchvision, which is not installed")
-    return cls.from_pretrained(**source)
+
+    def normalize(self: Any, image: Any, mean: Any, std: Any, **_: Any) -> Any:
+        return normalized(image, mean, std)
+
+    ours = {"normalize": normalize, "__module__": cls.__module__}  # it is asked for by that name
+    return type(cls.__name__, (cls,), ours).from_pretrained(**source)
 
 
 def _hash(facts: dict[str, Any]) -> str:
