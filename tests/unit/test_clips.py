@@ -18,7 +18,8 @@ from tests.videos import frame
 from triptych.config import MediaLimits, ModelConfig
 from triptych.demo.tiny import make_tiny_model
 from triptych.errors import BadRequest, BadVideo, UnsupportedModel
-from triptych.media.clips import BY_FAMILY, VideoProcessor
+from triptych.media.clip_settings import BY_FAMILY
+from triptych.media.clips import VideoProcessor
 from triptych.media.processor import Processor
 from triptych.media.video import VideoHeader
 

@@ -8,7 +8,7 @@ the bit, frame by frame: the whole video never lies in memory at its own size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,54 +19,8 @@ from transformers.video_utils import VideoMetadata
 
 from triptych.config import MediaLimits
 from triptych.errors import BadVideo, UnsupportedModel
+from triptych.media.clip_settings import BY_FAMILY, RESIZE_MODES, Json, merged
 from triptych.media.video import Frame, VideoHeader
-
-Json = dict[str, Any]
-
-CLIP: Json = {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
-COMMON: Json = {"resample": 3, "rescale_factor": 1 / 255, "fps": None, "num_frames": None}
-QWEN: Json = {"temporal_patch_size": 2, "merge_size": 2, "min_frames": 4, "max_frames": 768}
-DEFAULTS: dict[str, Json] = {
-    "Qwen2VLVideoProcessor": {
-        **COMMON, **CLIP, **QWEN, "patch_size": 14, "max_video_tokens": 128_000,
-        "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28},
-        "fps": 2,
-    },
-    "Qwen3VLVideoProcessor": {
-        **COMMON, **QWEN, "patch_size": 16, "max_video_tokens": 768,
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
-        "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32},
-        "fps": 2,
-    },
-    "Glm4vVideoProcessor": {
-        **COMMON, **CLIP, "temporal_patch_size": 2, "merge_size": 2, "patch_size": 14,
-        "size": {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 2 * 30_000},
-        "fps": 2, "max_duration": 300,
-    },
-    "LlavaOnevisionVideoProcessor": {
-        **COMMON, **CLIP, "size": {"height": 384, "width": 384}, "num_frames": 32,
-    },
-    "InternVLVideoProcessor": {
-        **COMMON, **CLIP, "size": {"height": 384, "width": 384}, "num_frames": 8,
-        "initial_shift": True,
-    },
-}  # fmt: skip
-"""Settings by class, where a checkpoint's files are silent. They are Transformers' but for how
-many frames are taken (``fps``, ``num_frames``): all but Qwen3-VL's classes leave that to their
-caller and take every frame when not told. Here it is what the models were made for."""
-BY_FAMILY = {
-    "glm4v": "Glm4vVideoProcessor",
-    "qwen2_5_vl": "Qwen2VLVideoProcessor",
-    "qwen2_vl": "Qwen2VLVideoProcessor",
-    "qwen3_vl": "Qwen3VLVideoProcessor",
-    "llava_onevision": "LlavaOnevisionVideoProcessor",
-    "internvl": "InternVLVideoProcessor",
-}
-RESIZE_MODES = {2: "bilinear", 3: "bicubic"}
-"""By Pillow's number of the filter."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +55,7 @@ class VideoProcessor:
         self.name = str(settings.get("video_processor_type") or BY_FAMILY[family])
         if self.name != BY_FAMILY[family]:
             raise UnsupportedModel(f"video processor {self.name} is not supported")
-        self.settings = _merged(self.name, settings)
+        self.settings = merged(self.name, settings)
         self._family = family
         self._hf = hf
         self._row_token = row_token
@@ -284,38 +238,6 @@ class VideoProcessor:
             pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
         cut = pixels.view(t, temporal, 3, h // merge, merge, patch, w // merge, merge, patch)
         return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
-
-
-def _merged(name: str, settings: Json) -> Json:
-    """The checkpoint's settings over the class's. Raises UnsupportedModel."""
-    given = {key: value for key, value in settings.items() if value is not None}
-    if name == "Glm4vVideoProcessor":
-        given.pop("num_frames", None)  # it has one and does not look at it
-    if given.get("num_frames") is not None or given.get("fps") is not None:
-        given.setdefault("num_frames", None)
-        given.setdefault("fps", None)
-    merged = {**DEFAULTS[name], **given}
-    if name == "Qwen2VLVideoProcessor":  # spelt so in the first checkpoints
-        size = dict(merged["size"])
-        size["shortest_edge"] = merged.get("min_pixels") or size.get("shortest_edge")
-        size["longest_edge"] = merged.get("max_pixels") or size.get("longest_edge")
-        merged["size"] = size
-    for reason in _unsupported(merged, "patch_size" in DEFAULTS[name]):
-        raise UnsupportedModel(f"{name} with {reason} is not supported")
-    return merged
-
-
-def _unsupported(settings: Json, by_pixels: bool) -> Iterator[str]:
-    sides = ("shortest_edge", "longest_edge") if by_pixels else ("height", "width")
-    if not all(settings["size"].get(side) for side in sides):
-        yield f"a size without {' and '.join(sides)}"
-    if settings["resample"] not in RESIZE_MODES:
-        yield f"resampling by filter {settings['resample']}"
-    if settings.get("do_center_crop"):
-        yield "cropping"
-    for step in ("do_resize", "do_rescale", "do_normalize"):
-        if settings.get(step) is False:
-            yield f"{step} = false"
 
 
 def _fit(
