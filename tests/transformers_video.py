@@ -20,7 +20,7 @@ import torch
 from PIL.Image import Resampling
 from torch import Tensor
 from transformers import image_processing_backends, video_processing_utils
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torch_greater_or_equal, is_torchvision_available
 
 from triptych.config import ModelConfig
 from triptych.media.processor import Processor
@@ -71,9 +71,17 @@ def stand_in() -> Iterator[None]:
             del sys.modules[name]
     filters = {Resampling.BILINEAR: InterpolationMode.BILINEAR}
     filters[Resampling.BICUBIC] = InterpolationMode.BICUBIC
+    filters[Resampling.LANCZOS] = InterpolationMode.LANCZOS
     for module in (image_processing_backends, video_processing_utils):
         module.tvF = functional  # type: ignore[attr-defined]
     image_processing_backends.pil_torch_interpolation_mapping = filters
+    image_processing_backends.is_torchvision_greater_or_equal = _of_this_torch
+
+
+def _of_this_torch(version: str) -> bool:
+    """Is the torchvision that was released with this torch of ``version`` or later?"""
+    torch_of = {"0.27": "2.12"}
+    return bool(is_torch_greater_or_equal(torch_of[version]))
 
 
 FOLDERS = {
@@ -82,6 +90,7 @@ FOLDERS = {
     "Glm4vVideoProcessor": "glm4v",
     "LlavaOnevisionVideoProcessor": "llava_onevision",
     "InternVLVideoProcessor": "internvl",
+    "SmolVLMVideoProcessor": "smolvlm",
 }
 
 
@@ -106,6 +115,7 @@ def full_processor(folder: Path) -> Any:
     """The checkpoint's processor as Transformers would load it."""
     processor = Processor(ModelConfig(str(folder))).hf
     settings, _ = video_processing_utils.BaseVideoProcessor.get_video_processor_dict(str(folder))
-    cls = video_processor_class(settings["video_processor_type"])
+    # The first checkpoints of SmolVLM do not say.
+    cls = video_processor_class(settings.get("video_processor_type", "SmolVLMVideoProcessor"))
     processor.video_processor = cls.from_pretrained(folder)
     return processor

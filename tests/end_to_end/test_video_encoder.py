@@ -48,7 +48,7 @@ def expected_rows(folder: Path, model: Any, file: bytes) -> torch.Tensor:
     with arrays_of_tensors():
         inputs = processor(
             text=[processor.video_token],
-            videos=[frames],
+            videos=[[frames]],
             video_metadata=[metadata],
             do_sample_frames=True,
             return_tensors="pt",
@@ -56,7 +56,8 @@ def expected_rows(folder: Path, model: Any, file: bytes) -> torch.Tensor:
         )
     known = ("pixel_values_videos", "video_grid_thw", "pixel_values")
     arguments = {name: inputs[name] for name in known if name in inputs}
-    features = model.get_image_features if family == "internvl" else model.get_video_features
+    frames_are_images = family in ("internvl", "smolvlm")
+    features = model.get_image_features if frames_are_images else model.get_video_features
     with torch.no_grad():
         output = features(**arguments, return_dict=True)
 
@@ -142,9 +143,10 @@ async def test_the_answer_waits_for_the_header_and_not_for_the_frames(
         await subject.consumer.read(subject.consumer.claim(answer.ref, "r1"))
 
 
-async def test_a_bad_video_fails_alone(folder: Path) -> None:
+async def test_a_bad_video_fails_alone(any_folder: Path) -> None:
+    skip_rowless(any_folder.name.rstrip("0"))
     files = [clip(0), sound(), b"no video", clip(1)[:900], clip(2)]
-    async with bench(folder) as subject:
+    async with bench(any_folder) as subject:
         answers = await subject.encode(request("r1", files, kind="video"))
         assert [answer.error for answer in answers] == ["", *["BadVideo"] * 3, ""]
         assert "no video in it" in answers[1].reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,11 @@ class VideoReference:
         text = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
+        if self.family == "smolvlm":
+            return self._one_by_one(text, [part for part in parts if part[0] != "text"])
+        return self._processed(text, parts)
+
+    def _processed(self, text: str, parts: list[Part]) -> Any:
         images = [picture(value) for kind, value in parts if kind == "image"]
         files = [value for kind, value in parts if kind == "video"]
         headers = [read_header(file, LIMITS) for file in files]
@@ -89,11 +95,31 @@ class VideoReference:
             for header in headers
         ]
         if files:
-            options |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": True}
+            options |= {"videos": [videos], "video_metadata": metadata, "do_sample_frames": True}
         if images:
             options["images"] = [images]
         with arrays_of_tensors():
             return self.processor(text=[text], return_tensors="pt", **options)
+
+    def _one_by_one(self, text: str, items: list[Part]) -> Any:
+        """SmolVLM's processor writes the text of images beside videos and loses the images' pixels;
+        and of videos it says of each how many frames the longest has. Both are as they should be
+        when it is given each by itself; its model takes the pixels of all as those of images."""
+        made = [
+            self._processed("<image>" if item[0] == "image" else "<video>", [item])
+            for item in items
+        ]
+        texts = iter([self.processor.tokenizer.decode(one["input_ids"][0]) for one in made])
+        whole = re.sub("<image>|<video>", lambda _: next(texts), text)
+        inputs = self.processor.tokenizer([whole], return_tensors="pt")
+        pixels = [one["pixel_values"].cpu() for one in made]
+        inputs["pixel_values"] = torch.cat(pixels, 1)
+        films = [p for (kind, _), p in zip(items, pixels, strict=True) if kind == "video"]
+        if len({film.shape for film in films}) == 1:
+            together = self._processed(text, items)
+            assert torch.equal(together["input_ids"], inputs["input_ids"])
+            assert torch.equal(together["pixel_values"], torch.cat(films))
+        return inputs
 
     @torch.inference_mode()
     def answer(self, parts: list[Part], max_tokens: int) -> Expected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.video_utils import VideoMetadata
 
 from tests.families import WITH_VIDEO
 from tests.transformers_video import arrays_of_tensors, full_processor
@@ -18,6 +20,7 @@ from tests.videos import frame
 from triptych.config import MediaLimits, ModelConfig
 from triptych.demo.tiny import make_tiny_model
 from triptych.errors import BadRequest, BadVideo, UnsupportedModel
+from triptych.media import clip_settings
 from triptych.media.clip_settings import BY_FAMILY
 from triptych.media.clips import VideoProcessor
 from triptych.media.processor import Processor
@@ -25,6 +28,7 @@ from triptych.media.video import VideoHeader
 
 LIMITS = MediaLimits()
 NUM_FRAMES = {"llava_onevision": 32, "internvl": 8}
+ROWS_LIKE_IMAGES = ("InternVLProcessor", "Glm4vProcessor", "SmolVLMProcessor")
 SHAPES = [
     (12, (96, 64), 4.0),
     (40, (130, 50), 10.0),
@@ -67,22 +71,23 @@ def compare(ours: Processor, theirs: Any, shape: Any, **sampling: Any) -> None:
     with arrays_of_tensors():
         expected = theirs(
             text=[theirs.video_token],
-            videos=[pixels],
+            videos=[[pixels]],
             video_metadata=[{"total_num_frames": n_frames, "fps": fps, "duration": n_frames / fps}],
             do_sample_frames=True,
             return_tensors="pt",
             **sampling,
         )
     assert plan.text == theirs.tokenizer.decode(expected["input_ids"][0])
+    if ours.hf.__class__.__name__ == "SmolVLMProcessor":  # theirs: one request of many tiles
+        assert torch.all(expected.pop("pixel_attention_mask") == 1)
+        expected["pixel_values"] = expected["pixel_values"].transpose(0, 1)
     for name, value in found.items():
         assert torch.equal(value, expected[name]), (name, shape)
         assert value.dtype == expected[name].dtype
     if "second_per_grid_ts" in expected:
         assert plan.second_per_grid == pytest.approx(float(expected["second_per_grid_ts"][0]))
     rows = theirs.tokenizer.convert_tokens_to_ids(
-        theirs.image_token
-        if ours.hf.__class__.__name__ in ("InternVLProcessor", "Glm4vProcessor")
-        else theirs.video_token
+        theirs.image_token if ours.hf.__class__.__name__ in ROWS_LIKE_IMAGES else theirs.video_token
     )
     assert plan.rows == expected["input_ids"][0].tolist().count(rows)
 
@@ -107,6 +112,10 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_vl", {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1], "max_frames": 5}),
     ("glm4v", {"max_duration": 4}),
     ("glm4v", {"max_duration": 100, "size": {"shortest_edge": 56 * 56, "longest_edge": 200 * 200}}),
+    ("smolvlm", {"fps": 0.5, "num_frames": 3}),
+    ("smolvlm", {"video_sampling": {"fps": 1, "max_frames": 2, "video_size": {"longest_edge": 9}}}),
+    ("smolvlm", {"size": {"longest_edge": 5000}, "max_image_size": {"longest_edge": 70}}),
+    ("smolvlm", {"resample": 3, "image_mean": [0.1, 0.2, 0.3], "rescale_factor": 0.01}),
     ("internvl", {"initial_shift": False}),
     ("internvl", {"size": {"height": 56, "width": 84}, "rescale_factor": 0.01}),
 ]
@@ -120,8 +129,55 @@ def test_the_checkpoints_settings_count(
     change(folder, settings)
     ours, theirs = Processor(ModelConfig(str(folder))), full_processor(folder)
     for shape in SHAPES[:4] if family == "internvl" else SHAPES:
-        sampling = {"num_frames": min(8, shape[0])} if family == "internvl" else {"fps": 2}
+        sampling: dict[str, Any] = {"fps": 2}
+        if family == "internvl":
+            sampling = {"num_frames": min(8, shape[0])}
+        elif family == "smolvlm":
+            sampling = {}  # its class looks at its settings by itself
         compare(ours, theirs, shape, **sampling)
+
+
+def test_every_video_is_sampled_as_theirs(tmp_path: Path) -> None:
+    """SmolVLM's, up to hours: of long ones the first and the last second are left out."""
+    theirs = full_processor(make_tiny_model(tmp_path / "model", "smolvlm"))
+    draw = random.Random(0)
+    skipped = 0
+    for _ in range(300):
+        most, fps = draw.choice([1, 2, 7, 64, 500]), draw.choice([0.1, 0.5, 1, 2, 30])
+        header = VideoHeader(8, 8, draw.randint(1, 3000), draw.choice([0.2, 1.5, 24, 29.97, 60]))
+        settings = {"num_frames": most, "fps": fps}
+        ours = VideoProcessor("smolvlm", theirs, settings, theirs.image_token, 14)
+        metadata = VideoMetadata(header.frames, fps=header.fps, duration=header.frames / header.fps)
+        expected = theirs.video_processor.sample_frames(metadata, **settings)
+        assert ours.plan(header, LIMITS).indices == tuple(expected), (header, settings)
+        skipped += bool(expected[0])
+    assert 20 < skipped < 280
+
+
+def test_the_first_checkpoints_of_smolvlm(tmp_path: Path) -> None:
+    """They have one file for images and videos, and how to sample under a name of its own."""
+    folder = make_tiny_model(tmp_path / "model", "smolvlm")
+    (folder / "video_preprocessor_config.json").unlink()
+    file = folder / "preprocessor_config.json"
+    images = json.loads(file.read_text())
+    sampling = {"fps": 3, "max_frames": 5, "video_size": {"longest_edge": 90}}
+    for size in (images.pop("size"), None):
+        sized = {"size": size} if size else {}
+        file.write_text(json.dumps({**images, **sized, "video_sampling": sampling}))
+        ours, theirs = Processor(ModelConfig(str(folder))), full_processor(folder)
+        for shape in SHAPES:
+            compare(ours, theirs, shape)
+    assert ours.plan_video(VideoHeader(64, 48, 100, 10.0), LIMITS).rows == 5 * 4
+
+
+def test_a_torch_without_the_filter_resizes_as_its_torchvision(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = BY_FAMILY[loaded.family]
+    assert clip_settings.merged(name, {"resample": 1})["resample"] == 1
+    monkeypatch.setattr(clip_settings, "is_torch_greater_or_equal", lambda version: False)
+    assert clip_settings.merged(name, {"resample": 1})["resample"] == 3
+    assert clip_settings.merged(name, {"resample": 2})["resample"] == 2
 
 
 def change(folder: Path, settings: dict[str, Any]) -> None:
@@ -138,8 +194,8 @@ def change(folder: Path, settings: dict[str, Any]) -> None:
 def test_the_checkpoint_says_how_many_frames(
     loaded: Loaded, settings: dict[str, Any], n_frames: int
 ) -> None:
-    if loaded.family == "glm4v" and "num_frames" in settings:
-        n_frames = 6  # its processor samples by time alone
+    if loaded.family in ("glm4v", "smolvlm") and "num_frames" in settings:
+        n_frames = 6  # their processors sample by time
     file = json.loads((loaded.folder / "video_preprocessor_config.json").read_text())
     videos = VideoProcessor(loaded.family, loaded.theirs, {**file, **settings}, "x", 14)
     assert len(videos.plan(VideoHeader(64, 64, 30, 10.0), LIMITS).indices) == n_frames
@@ -179,8 +235,8 @@ def test_what_the_processor_refuses(
         ({"video_processor_type": "OtherVideoProcessor"}, "OtherVideoProcessor is not supported"),
         ({"do_center_crop": True}, "cropping"),
         ({"do_resize": False}, "do_resize"),
-        ({"resample": 1}, "filter 1"),
-        ({"size": {"shortest_edge": 10}}, "size without"),
+        ({"resample": 4}, "filter 4"),
+        ({"size": {"shortest_edge": 10}}, "a size without"),
     ],
 )
 def test_what_is_not_done_here_is_said(
@@ -197,10 +253,10 @@ def test_what_is_not_done_here_is_said(
 
 
 def test_a_family_without_videos_takes_none_whatever_its_files_say(tmp_path: Path) -> None:
-    folder = make_tiny_model(tmp_path / "model", "smolvlm")
+    folder = make_tiny_model(tmp_path / "model", "idefics3")
     (folder / "video_preprocessor_config.json").write_text("{}")
     processor = Processor(ModelConfig(str(folder)))
-    with pytest.raises(BadRequest, match="smolvlm takes no videos here: only its images"):
+    with pytest.raises(BadRequest, match="idefics3 takes no videos here: only its images"):
         processor.plan_video(VideoHeader(64, 64, 10, 4.0), LIMITS)
 
 

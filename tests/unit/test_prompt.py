@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.transformers_video import full_processor
 from triptych.config import ModelConfig
 from triptych.demo.tiny import make_tiny_model
 from triptych.errors import BadRequest, UnsupportedModel
@@ -60,6 +61,31 @@ def test_a_video_for_a_model_without_videos(tmp_path: Path) -> None:
         prompter.render(chat([image(), video]))
     assert refused.value.param == "messages"
     assert prompter.render(chat([image(), text("<video>?")])).count("<image>") == 1
+
+
+def test_smolvlm_writes_conversations_with_videos_in_another_way(tmp_path: Path) -> None:
+    """As its processor does: its checkpoints' templates may know no videos."""
+    folder = make_tiny_model(tmp_path / "model", "smolvlm")
+    own = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(own.replace("<video>", ""))
+    prompter, processor = Prompter(ModelConfig(str(folder))), full_processor(folder)
+    film = {"type": "video_url", "video_url": {"url": "data:,"}}
+    requests: list[tuple[Any, ...]] = [
+        ([image(), text("and "), film],),
+        ("Hello.", [film, text("what?")], "A string."),
+        ([film, image()], ""),
+        ([image(), text("what?")],),
+    ]
+    for contents in requests:
+        request = chat(*contents)
+        messages = request.for_template()
+        for message in messages:
+            if isinstance(message["content"], str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        expected = processor.apply_chat_template(messages, add_generation_prompt=True)
+        found = prompter.render(request)
+        assert found == expected
+        assert ("<end_of_utterance>" in found) == ("<video>" in found)
 
 
 @pytest.mark.parametrize(

@@ -152,8 +152,8 @@ TILE_FAMILIES: dict[str, Family] = {
         processor={"image_seq_len": 4},
     ),
     "smolvlm": Family(
-        template=Template(image="<image>"),
-        special={"image_token": "<image>"},
+        template=Template(image="<image>", video="<video>"),
+        special={"image_token": "<image>", "video_token": "<video>"},
         tokens=IDEFICS_TOKENS,
         text={**TEXT, "model_type": "llama"},
         vision=SIGLIP,
@@ -161,6 +161,12 @@ TILE_FAMILIES: dict[str, Family] = {
         token_ids={"image_token_id": "<image>"},
         processor_class="SmolVLMProcessor",
         image_processor={"image_processor_type": "SmolVLMImageProcessor", **IDEFICS_PIXELS},
+        video_processor={
+            "video_processor_type": "SmolVLMVideoProcessor",
+            **IDEFICS_PIXELS,
+            "fps": 2,
+            "num_frames": 16,
+        },
         processor={"image_seq_len": 4},
     ),
     "gemma3": Family(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from transformers.utils import is_torch_greater_or_equal
+
 from triptych.errors import UnsupportedModel
 
 Json = dict[str, Any]
@@ -39,6 +41,11 @@ DEFAULTS: dict[str, Json] = {
         **COMMON, **CLIP, "size": {"height": 384, "width": 384}, "num_frames": 8,
         "initial_shift": True,
     },
+    "SmolVLMVideoProcessor": {
+        **COMMON, "resample": 1, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+        "size": {"longest_edge": 4 * 364}, "max_image_size": {"longest_edge": 364},
+        "fps": 1, "num_frames": 64,
+    },
 }  # fmt: skip
 """Settings by class, where a checkpoint's files are silent. They are Transformers' but for how
 many frames are taken (``fps``, ``num_frames``): all but Qwen3-VL's classes leave that to their
@@ -50,8 +57,10 @@ BY_FAMILY = {
     "qwen3_vl": "Qwen3VLVideoProcessor",
     "llava_onevision": "LlavaOnevisionVideoProcessor",
     "internvl": "InternVLVideoProcessor",
+    "smolvlm": "SmolVLMVideoProcessor",
 }
-RESIZE_MODES = {2: "bilinear", 3: "bicubic"}
+LANCZOS, BICUBIC = 1, 3
+RESIZE_MODES = {LANCZOS: "lanczos", 2: "bilinear", BICUBIC: "bicubic"}
 """By Pillow's number of the filter."""
 
 
@@ -60,7 +69,9 @@ def merged(name: str, settings: Json) -> Json:
     given = {key: value for key, value in settings.items() if value is not None}
     if name == "Glm4vVideoProcessor":
         given.pop("num_frames", None)  # it has one and does not look at it
-    if given.get("num_frames") is not None or given.get("fps") is not None:
+    if name == "SmolVLMVideoProcessor":  # which looks at both
+        given |= _smol_sampling(given)
+    elif given.get("num_frames") is not None or given.get("fps") is not None:
         given.setdefault("num_frames", None)
         given.setdefault("fps", None)
     found = {**DEFAULTS[name], **given}
@@ -69,15 +80,28 @@ def merged(name: str, settings: Json) -> Json:
         size["shortest_edge"] = found.get("min_pixels") or size.get("shortest_edge")
         size["longest_edge"] = found.get("max_pixels") or size.get("longest_edge")
         found["size"] = size
-    for reason in _unsupported(found, "patch_size" in DEFAULTS[name]):
+    for reason in _unsupported(name, found):
         raise UnsupportedModel(f"{name} with {reason} is not supported")
+    if found["resample"] == LANCZOS and not is_torch_greater_or_equal("2.12"):
+        found["resample"] = BICUBIC  # as Transformers does with the torchvision of such a torch
     return found
 
 
-def _unsupported(settings: Json, by_pixels: bool) -> Iterator[str]:
-    sides = ("shortest_edge", "longest_edge") if by_pixels else ("height", "width")
-    if not all(settings["size"].get(side) for side in sides):
-        yield f"a size without {' and '.join(sides)}"
+def _smol_sampling(given: Json) -> Json:
+    """What SmolVLM's checkpoints say of sampling under a name of its own, by the usual names. It is
+    preferred, but for the size."""
+    sampling = given.get("video_sampling", {})
+    names = {"max_frames": "num_frames", "fps": "fps"} | (
+        {} if "size" in given else {"video_size": "size"}
+    )
+    return {names[key]: value for key, value in sampling.items() if key in names and value}
+
+
+def _unsupported(name: str, settings: Json) -> Iterator[str]:
+    for size in ("size", "max_image_size"):
+        sides = tuple(DEFAULTS[name].get(size, ()))
+        if not all(settings[size].get(side) for side in sides):
+            yield f"a {size} without {' and '.join(sides)}"
     if settings["resample"] not in RESIZE_MODES:
         yield f"resampling by filter {settings['resample']}"
     if settings.get("do_center_crop"):

@@ -20,6 +20,7 @@ from transformers.video_utils import VideoMetadata
 from triptych.config import MediaLimits
 from triptych.errors import BadVideo, UnsupportedModel
 from triptych.media.clip_settings import BY_FAMILY, RESIZE_MODES, Json, merged
+from triptych.media.layouts import MOST_PIXELS_A_SIDE, with_longest
 from triptych.media.video import Frame, VideoHeader
 
 
@@ -77,7 +78,7 @@ class VideoProcessor:
                 )
             if "temporal_patch_size" in self.settings:
                 return self._plan_grid(header, indices)
-            return self._plan_tiles(indices)
+            return self._plan_tiles(header, indices)
         except ValueError as exc:
             raise BadVideo(f"the model cannot take the video: {exc}") from exc
 
@@ -92,6 +93,8 @@ class VideoProcessor:
             return {"pixel_values_videos": self._patches(pixels, plan), "video_grid_thw": grid}
         if self._family == "internvl":
             return {"pixel_values": pixels}  # its frames are images, one tile each
+        if self._family == "smolvlm":
+            return {"pixel_values": pixels[:, None]}  # as of images: tiles of one request each
         return {"pixel_values_videos": pixels[None]}
 
     # ------------------------------------------------------------------ sampling
@@ -104,6 +107,7 @@ class VideoProcessor:
             "Glm4vVideoProcessor": self._sample_seconds,
             "LlavaOnevisionVideoProcessor": self._sample_first,
             "InternVLVideoProcessor": self._sample_middle,
+            "SmolVLMVideoProcessor": self._sample_between,
         }[self.name]
         return tuple(int(index) for index in sample(header))
 
@@ -159,6 +163,18 @@ class VideoProcessor:
         start = total / n_frames / 2 if shift is True else float(shift)
         return torch.arange(start, total, total / n_frames).int()
 
+    def _sample_between(self, header: VideoHeader) -> Any:
+        """``fps`` of each second, ``num_frames`` at most; of long videos not the first and the last
+        second."""
+        fps, most = self.settings["fps"], self.settings["num_frames"]
+        duration = header.frames / header.fps
+        first, last = 0, header.frames - 1
+        if duration - 2 > most * fps:
+            inner = int(header.fps), min(int(header.frames - header.fps), last)
+            first, last = inner if inner[0] < inner[1] else (first, last)
+        n_frames = max(min(round(fps * duration), most), 1)
+        return np.unique(np.linspace(first, last, n_frames, dtype=int))
+
     # ------------------------------------------------------------------ plans
 
     def _plan_grid(self, header: VideoHeader, indices: tuple[int, ...]) -> VideoPlan:
@@ -169,14 +185,7 @@ class VideoProcessor:
         sampled_fps = len(indices) / header.frames * header.fps
         facts = {
             "video_grid_thw": np.array([grid]),
-            "video_metadata": [
-                VideoMetadata(
-                    header.frames,
-                    fps=header.fps,
-                    duration=header.frames / header.fps,
-                    frames_indices=list(indices),
-                )
-            ],
+            "video_metadata": [_metadata(header, indices)],
         }
         text = str(self._hf.replace_video_token(facts, 0))
         seconds = temporal / sampled_fps if self._family == "qwen2_5_vl" else None
@@ -203,11 +212,19 @@ class VideoProcessor:
         whole = round(n_frames / temporal) * temporal
         return _fit(header, (n_frames, whole), factor, least, most)
 
-    def _plan_tiles(self, indices: tuple[int, ...]) -> VideoPlan:
-        height, width = self.settings["size"]["height"], self.settings["size"]["width"]
+    def _plan_tiles(self, header: VideoHeader, indices: tuple[int, ...]) -> VideoPlan:
+        size = self.settings["size"]
+        if self._family == "smolvlm":
+            height = width = self.settings["max_image_size"]["longest_edge"]
+        else:
+            height, width = size["height"], size["width"]
         # Only the shape is looked at: a broadcast zero has it and no memory.
-        shape = (1, len(indices), 3, height, width)
-        facts = {"pixel_values_videos": np.broadcast_to(np.float32(0), shape)}
+        pixels = np.broadcast_to(np.float32(0), (1, len(indices), 3, height, width))
+        facts = {
+            "pixel_values_videos": pixels,
+            "pixel_values": pixels,
+            "video_metadata": [_metadata(header, indices)],
+        }
         text = str(self._hf.replace_video_token(facts, 0))
         patches = len(indices) * (height // self._patch) * (width // self._patch)
         rows = text.count(self._row_token)
@@ -218,6 +235,13 @@ class VideoProcessor:
     def _resize(self, frame: Frame, height: int, width: int) -> Tensor:
         """(3, height, width) uint8."""
         pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+        if self._family == "smolvlm":  # which squeezes what it has resized in its own shape
+            longest = min(self.settings["size"]["longest_edge"], MOST_PIXELS_A_SIDE)
+            tall, wide = with_longest(longest, frame.shape[1], frame.shape[0])
+            pixels = self._resized(pixels, tall, wide)
+        return self._resized(pixels, height, width)
+
+    def _resized(self, pixels: Tensor, height: int, width: int) -> Tensor:
         if tuple(pixels.shape[1:]) == (height, width):
             return pixels
         mode = RESIZE_MODES[self.settings["resample"]]
@@ -238,6 +262,15 @@ class VideoProcessor:
             pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
         cut = pixels.view(t, temporal, 3, h // merge, merge, patch, w // merge, merge, patch)
         return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
+
+
+def _metadata(header: VideoHeader, indices: tuple[int, ...]) -> VideoMetadata:
+    return VideoMetadata(
+        header.frames,
+        fps=header.fps,
+        duration=header.frames / header.fps,
+        frames_indices=list(indices),
+    )
 
 
 def _fit(

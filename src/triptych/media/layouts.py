@@ -200,19 +200,21 @@ def _idefics(parts: Parts, header: ImageHeader, images_in_request: int) -> Layou
     rows, columns = 0, 0
     if parts.options.get("do_image_splitting", images.do_image_splitting):
         # Not ``get_number_of_image_patches``: its height is not that of the resized image.
-        tall, wide = _tiled(*_longest_edge(images.size, header), tile)
+        longest = images.size["longest_edge"]
+        if not 0 < (longest or 0) <= MOST_PIXELS_A_SIDE:
+            size = dict(images.size)
+            raise UnsupportedModel(f"images resized to {size} before tiling are not supported")
+        tall, wide = _tiled(*with_longest(longest, header.width, header.height), tile)
         if max(tall, wide) > tile:
             rows, columns = tall // tile, wide // tile
     facts = {"rows": [[rows]], "cols": [[columns]]}
     return Layout(facts, None, (rows * columns + 1) * _patches(parts, tile, tile))
 
 
-def _longest_edge(size: Any, header: ImageHeader) -> tuple[int, int]:
-    """Height and width after the first resize: the longer side as told, the other even."""
-    if not 0 < (size["longest_edge"] or 0) <= MOST_PIXELS_A_SIDE:
-        raise UnsupportedModel(f"images resized to {dict(size)} before tiling are not supported")
-    longest, ratio = size["longest_edge"], header.width / header.height
-    if header.width >= header.height:
+def with_longest(longest: int, width: int, height: int) -> tuple[int, int]:
+    """Height and width after Idefics' first resize: the longer side as told, the other even."""
+    ratio = width / height
+    if width >= height:
         height = int(longest / ratio)
         return max(height + height % 2, 1), longest
     width = int(longest * ratio)

@@ -44,6 +44,7 @@ VIDEO_MARKERS = {
     "qwen2_5_vl": Marker("video_token", "<|video_pad|>"),
     "qwen2_vl": Marker("video_token", "<|video_pad|>"),
     "qwen3_vl": Marker("video_token", "<|video_pad|>"),
+    "smolvlm": Marker("video_token", "<video>"),
 }
 
 NEVER_SMALLER = frozenset({"llava_next"})

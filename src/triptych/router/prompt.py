@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import jinja2
 from tokenizers import decoders
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.models import smolvlm
 from transformers.utils import cached_file
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -35,6 +37,13 @@ from triptych.router.openai import ChatRequest
 SIZES = 64
 """Texts of items that are remembered: files of one size have the same."""
 _PROBE = "a probe"
+
+
+@dataclass(frozen=True)
+class _Template:
+    jinja: str
+    takes_strings: bool
+    """Does it show a message whose content is a string? Some take parts only."""
 
 
 class Prompter:
@@ -69,8 +78,12 @@ class Prompter:
         """Tokens of the prompt that stand for embedding rows."""
         self.stop_ids = _stop_ids(config, model, self._tokenizer)
         """Tokens that end an answer."""
-        self._template = _chat_template(config, self._tokenizer)
-        self._takes_strings = self._probe()
+        self._template = self._probed(_chat_template(config, self._tokenizer))
+        self._video_template = self._template
+        if self.family == "smolvlm":
+            # Its processor writes conversations with videos by this one, whatever the checkpoint
+            # has: the first ones' templates leave videos out. Loaded by being named.
+            self._video_template = self._probed(smolvlm.processing_smolvlm.DEFAULT_CHAT_TEMPLATE)
         row_tokens = [
             str(t) for t in self._tokenizer.convert_ids_to_tokens(list(self.row_token_ids))
         ]
@@ -89,13 +102,14 @@ class Prompter:
         """
         self._check(chat)
         wanted = [item.kind for item in chat.items()]
+        template = self._video_template if "video" in wanted else self._template
         messages = chat.for_template()
-        if not self._takes_strings:
+        if not template.takes_strings:
             for message in messages:
                 if isinstance(message["content"], str):
                     message["content"] = [{"type": "text", "text": message["content"]}]
         try:
-            rendered = self._render(messages)
+            rendered = self._render(messages, template.jinja)
         except jinja2.TemplateError as exc:
             raise BadRequest(
                 f"the model's chat template refuses the messages: {exc}", param="messages"
@@ -186,21 +200,21 @@ class Prompter:
             return list(found.ids)
         return list(self._tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
+    def _render(self, messages: list[dict[str, Any]], jinja: str) -> str:
         rendered, _ = render_jinja_template(
             conversations=[messages],
-            chat_template=self._template,
+            chat_template=jinja,
             add_generation_prompt=True,
             **self._tokenizer.special_tokens_map,
         )
         return str(rendered[0])
 
-    def _probe(self) -> bool:
-        """Whether the template shows a message whose content is a string; some take parts only."""
+    def _probed(self, jinja: str) -> _Template:
         try:
-            return _PROBE in self._render([{"role": "user", "content": _PROBE}])
+            shown = _PROBE in self._render([{"role": "user", "content": _PROBE}], jinja)
         except (jinja2.TemplateError, TypeError):
-            return False
+            shown = False
+        return _Template(jinja, shown)
 
     # ------------------------------------------------------------------ from the model
 
