@@ -302,7 +302,8 @@ def _pil_image_processor(source: dict[str, Any]) -> Any:
         return normalized(image, mean, std)
 
     ours = {"normalize": normalize, "__module__": cls.__module__}  # it is asked for by that name
-    return type(cls.__name__, (cls,), ours).from_pretrained(**source)
+    subclass: Any = type(cls.__name__, (cls,), ours)
+    return subclass.from_pretrained(**source)
 
 
 def _hash(facts: dict[str, Any]) -> str:
