@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from triptych.engine.block_manager import BlockManager
 from triptych.engine.prefix import BlockNames
 from triptych.engine.sequence import ItemSpan, locate_items, runs_of
 
@@ -141,3 +142,19 @@ def test_equal_as_far_as_the_content_is(
     while same < min(len(a), len(b)) and true_a[same] == true_b[same]:
         same += 1
     assert shared == same // size
+
+
+def test_no_name_is_made_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that nobody knows is looked up by one name, however long it is."""
+    made: list[int] = []
+    make = BlockNames._name
+    monkeypatch.setattr(BlockNames, "_name", lambda self, n: (made.append(n), make(self, n))[1])
+    lazy, blocks = BlockNames(range(40), [], [], [], 4), BlockManager(8, 4)
+    assert blocks.find(lazy.each(40)) == ()
+    assert made == [0]
+    found = lazy.first(40)
+    assert made == list(range(10)) and found == names(list(range(40)), [])
+    for block, name in zip(blocks.grow("a", 12) or (), found, strict=False):
+        blocks.name(block, name)
+    again = BlockNames(range(40), [], [], [], 4)
+    assert len(blocks.find(again.each(40))) == 3 and len(again._names) == 4

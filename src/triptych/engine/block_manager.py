@@ -11,7 +11,7 @@ no use without those before it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class BlockManager:
@@ -73,8 +73,9 @@ class BlockManager:
 
     # ------------------------------------------------------------------ what can be found again
 
-    def find(self, names: Sequence[bytes]) -> tuple[int, ...]:
-        """The blocks with these names, as far as they are there from the first on."""
+    def find(self, names: Iterable[bytes]) -> tuple[int, ...]:
+        """The blocks with these names, as far as they are there from the first on. No further name
+        is asked for."""
         found = []
         for name in names:
             block = self._named.get(name)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from array import array
+from collections.abc import Sequence as Seq
 
 from triptych.engine.messages import AddRequest, Reserve, StartDecode
 from triptych.engine.prefix import BlockNames
@@ -34,10 +35,9 @@ class Intake:
                 f"{n_prompt} prompt tokens and {sampling.max_tokens} of answer are more than "
                 f"the {self._max_tokens} that this worker takes"
             )
-        self._check_ids((*message.token_ids, *resumed))
-        items, row_positions = locate_items(
-            message.token_ids, self._model.row_token_ids, message.items
-        )
+        token_ids = self._checked((*message.token_ids, *resumed))
+        prompt_ids = token_ids[:n_prompt]
+        items, row_positions = locate_items(prompt_ids, self._model.row_token_ids, message.items)
         sequence = Sequence(
             request_id=message.request_id,
             n_prompt=n_prompt + len(resumed),
@@ -51,7 +51,6 @@ class Intake:
             resumed=len(resumed),
         )
         if self._named_blocks:
-            token_ids = (*message.token_ids, *resumed)
             sequence.names = BlockNames(
                 token_ids,
                 items,
@@ -60,7 +59,7 @@ class Intake:
                 self._named_blocks,
                 sequence.runs,
             )
-        prompt = Prompt.build(self._model, message.token_ids, message.items, row_positions, resumed)
+        prompt = Prompt.build(self._model, prompt_ids, message.items, row_positions, resumed)
         sequence.next_position = prompt.next_position
         return sequence, prompt
 
@@ -81,7 +80,7 @@ class Intake:
             raise PromptTooLong(
                 f"{n_tokens} tokens are more than the {reservation.n_tokens} reserved"
             )
-        self._check_ids((*message.resumed, message.first.token))
+        self._checked((*message.resumed, message.first.token))
         now = time.time()
         return Sequence(
             request_id=message.request_id,
@@ -107,9 +106,12 @@ class Intake:
             raise BadRequest(f"more than {longest} rows of images stand next to each other")
         return runs
 
-    def _check_ids(self, token_ids: Iterable[int]) -> None:
-        """An id outside the vocabulary would fail the whole step, on some devices the process."""
+    def _checked(self, token_ids: Seq[int]) -> array[int]:
+        """The same. Raises BadRequest: an id outside the vocabulary would fail the whole step, on
+        some devices the process."""
         known, rows = range(self._model.vocab_size), self._model.row_token_ids
-        for token in set(token_ids):
-            if token not in known and token not in rows:
-                raise BadRequest(f"token {token} is not in the model's vocabulary")
+        if min(token_ids) < 0 or max(token_ids) >= known.stop:
+            for token in set(token_ids) - rows:
+                if token not in known:
+                    raise BadRequest(f"token {token} is not in the model's vocabulary")
+        return array("q", token_ids)

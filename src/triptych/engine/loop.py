@@ -131,6 +131,7 @@ class Engine:
             if behind is not None:
                 self._requests.rearrange(behind)
                 self._launched = self._launch(behind.work, step)
+            self._requests.foresee(step.work)
             self._finish(step)
         self.usage = self._scheduler.usage()
         self._flush()

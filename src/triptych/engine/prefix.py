@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -76,13 +76,18 @@ class BlockNames:
         """More tokens, without rows."""
         self._ids.extend(token_ids)
 
-    def first(self, n_tokens: int) -> list[bytes]:
-        """Of the full blocks among the first ``n_tokens``."""
+    def each(self, n_tokens: int) -> Iterator[bytes]:
+        """Of the full blocks among the first ``n_tokens``, one after the other: none is made before
+        it is asked for."""
         known = len(self._ids) if self._most is None else self._most
-        count = min(n_tokens, known) // self._size
-        while len(self._names) < count:
-            self._names.append(self._name(len(self._names)))
-        return self._names[:count]
+        for number in range(min(n_tokens, known) // self._size):
+            if number == len(self._names):
+                self._names.append(self._name(number))
+            yield self._names[number]
+
+    def first(self, n_tokens: int) -> list[bytes]:
+        """All of them."""
+        return list(self.each(n_tokens))
 
     def _name(self, number: int) -> bytes:
         first, last = number * self._size, (number + 1) * self._size

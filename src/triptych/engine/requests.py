@@ -166,6 +166,12 @@ class Requests:
                 sequence.scheduled = now
                 self._out.span(sequence.request_id, "queue", sequence.arrived, now)
 
+    def foresee(self, work: Iterable[Work]) -> None:
+        """While it is computed: name the blocks that it will have filled."""
+        for w in work:
+            if w.sequence.names is not None and not w.is_decode:
+                w.sequence.names.first(w.stop)
+
     def take(self, result: Result) -> None:
         """Publish the result, or keep it until the rows it follows from are proven right."""
         work, request_id = result.work, result.work.sequence.request_id

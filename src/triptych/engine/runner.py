@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from array import array
 from bisect import bisect_left
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,15 +63,14 @@ class Prompt:
             if span.grid is not None:
                 grids[span.kind].append(span.grid)
         seconds = [s.second_per_grid for s in spans if s.second_per_grid is not None]
-        positions, next_position = model.positions(
-            list(token_ids), grids["image"], grids["video"], seconds
-        )
+        ids = torch.frombuffer(array("q", token_ids), dtype=torch.int64)
+        positions, next_position = model.positions(ids, grids["image"], grids["video"], seconds)
         prompt = cls(
-            ids=torch.tensor(token_ids, device=model.device),
+            ids=ids.to(model.device),
             positions=positions.to(model.device),
             next_position=next_position,
             row_positions=row_positions,
-            row_index=torch.tensor(row_positions, dtype=torch.int64, device=model.device),
+            row_index=torch.from_numpy(np.array(row_positions, np.int64)).to(model.device),
             first_rows=[0, *accumulate(span.rows for span in spans)],
         )
         return prompt.answered(resumed)

@@ -244,7 +244,7 @@ class Scheduler:
         """Blocks of its prompt's beginning that are there."""
         if sequence.names is None:
             return ()
-        return self.blocks.find(sequence.names.first(sequence.n_prompt - 1))
+        return self.blocks.find(sequence.names.each(sequence.n_prompt - 1))
 
     def _begin(self, sequence: Sequence) -> None:
         """Run it, behind the blocks that are found."""

@@ -8,6 +8,8 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from triptych.errors import BadRequest
 from triptych.request import ItemMeta, Kind, Sampling
 
@@ -221,7 +223,8 @@ def locate_items(
     ``row_token_ids``: the tokens that stand for rows. Raises BadRequest if the prompt has not
     exactly one of them for each row.
     """
-    row_positions = [i for i, token in enumerate(token_ids) if token in row_token_ids]
+    ids = np.asarray(token_ids)
+    row_positions: list[int] = np.flatnonzero(np.isin(ids, list(row_token_ids))).tolist()
     n_rows = sum(span.rows for span in spans)
     if len(row_positions) != n_rows or any(span.rows < 1 for span in spans):
         raise BadRequest(

@@ -86,7 +86,7 @@ class LanguageModel:
 
     def positions(
         self,
-        token_ids: list[int],
+        token_ids: Sequence[int] | Tensor,
         grids: list[Grid],
         video_grids: Sequence[Grid] = (),
         seconds_per_grid: Sequence[float] = (),
@@ -101,7 +101,7 @@ class LanguageModel:
         n_tokens = len(token_ids)
         if self.axes == 1:
             return torch.arange(n_tokens)[None], n_tokens
-        ids = torch.tensor(token_ids)[None]
+        ids = torch.as_tensor(token_ids)[None]
         is_image, is_video = ids == self.image_token_id, torch.zeros_like(ids, dtype=torch.bool)
         if self.video_token_id is not None:
             is_video = ids == self.video_token_id
