@@ -1,4 +1,4 @@
-"""FlashInfer's two wrappers, as far as the engine uses them, in plain torch: what is planned is
+"""FlashInfer's wrappers, as far as the engine uses them, in plain torch: what is planned is
 checked, every query is computed by itself. For machines without a GPU."""
 
 from __future__ import annotations
@@ -32,17 +32,62 @@ class _Wrapper:
             table = blocks[indptr[i] : indptr[i + 1]].long()
             stop = (len(table) - 1) * size + int(last[i])
             key, value = (part[table].flatten(0, 1)[:stop] for part in memory)
-            group = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-            first, end = int(self.queries[i]), int(self.queries[i + 1])
-            for row in range(first, end):
-                seen = stop - (end - row) + 1
-                left = self.more["window_left"]
-                oldest = 0 if left < 0 else max(0, seen - 1 - left)
-                scores = torch.einsum("hd,khd->hk", query[row], key[oldest:seen])
-                weights = (scores * self.more["sm_scale"]).softmax(-1)
-                out[row] = torch.einsum("hk,khd->hd", weights, value[oldest:seen])
+            rows = slice(int(self.queries[i]), int(self.queries[i + 1]))
+            out[rows] = _attended(query[rows], key, value, **self.more)
         return out
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window_left: int,
+    sm_scale: float,
+    q_data_type: torch.dtype,
+    kv_data_type: torch.dtype,
+) -> Tensor:
+    """Of the last tokens, as many as queries, to all up to each of them."""
+    assert query.dtype == q_data_type and key.dtype == value.dtype == kv_data_type
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    out = torch.empty_like(query)
+    for row in range(len(query)):
+        seen = len(key) - len(query) + row + 1
+        oldest = 0 if window_left < 0 else max(0, seen - 1 - window_left)
+        scores = torch.einsum("hd,khd->hk", query[row], key[oldest:seen])
+        weights = (scores * sm_scale).softmax(-1)
+        out[row] = torch.einsum("hk,khd->hd", weights, value[oldest:seen])
+    return out
+
+
+class BatchPrefillWithRaggedKVCacheWrapper:
+    """Of one sequence."""
+
+    def __init__(self, workspace: Tensor, layout: str) -> None:
+        assert layout == "NHD" and workspace.dtype == torch.uint8
+
+    def plan(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        *,
+        causal: bool,
+        **more: Any,
+    ) -> None:
+        assert causal and heads % kv_heads == 0
+        assert queries.dtype == keys.dtype == torch.int32
+        (first, self.n_queries), (begin, self.n_keys) = queries.tolist(), keys.tolist()
+        assert first == begin == 0 < self.n_queries <= self.n_keys
+        self.more = more
+
+    def run(self, query: Tensor, key: Tensor, value: Tensor, *, out: Tensor) -> Tensor:
+        assert len(query) == len(out) == self.n_queries
+        assert len(key) == len(value) == self.n_keys
+        return out.copy_(_attended(query, key, value, **self.more))
 
 
 class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):

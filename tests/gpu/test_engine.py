@@ -61,6 +61,40 @@ def test_equals_torch(window: int | None, heads: int, kv_heads: int, dim: int) -
     torch.testing.assert_close(*found, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("window", [None, 700])
+def test_large_chunks_equal_torch(window: int | None) -> None:
+    """Of a prompt's beginning, and behind blocks that lie anywhere; decodes and a small chunk
+    beside them."""
+    torch.manual_seed(0)
+    heads, kv_heads, dim = 7, 1, 128
+    shape = KVShape(2, kv_heads, dim, torch.bfloat16)
+    memory = torch.zeros(512 * shape.block_nbytes(BLOCK), dtype=torch.uint8, device=DEVICE)
+    kv = KVCache(memory, shape, BLOCK)
+    kv.data.normal_()
+    parts = [Part(0, 17, 18), Part(1, 1100, 2403), Part(2, 40, 47), Part(3, 0, 1024)]
+    order = torch.randperm(511).tolist()
+    n = sum(part.stop - part.start for part in parts)
+    # As compiled layers hand them over: parts of wider rows.
+    wide = torch.randn(1, n, heads + 2 * kv_heads, dim, device=DEVICE, dtype=torch.bfloat16)
+    query, key, value = wide.transpose(1, 2).split([heads, kv_heads, kv_heads], 1)
+    tables = {part.place: [order.pop() for _ in range(-(-part.stop // BLOCK))] for part in parts}
+    layer = torch.nn.Module()
+    found = []
+    for name in ("flashinfer", "sdpa"):
+        attention = open_attention(name, kv, 4, 256)
+        for part in parts:
+            attention.place(part.place, tables[part.place], part.stop)
+        context = attention.plan(parts, 1)
+        for index in range(2):
+            layer.layer_idx = index  # type: ignore[assignment]
+            out = context.attend(layer, query, key, value, dim**-0.5, window)
+        found.append(out.float())
+    hopper = torch.cuda.get_device_capability(DEVICE)[0] == 9
+    flash = open_attention("flashinfer", kv, 4, 256)
+    assert flash.dense == (1024 if hopper else 0)  # type: ignore[attr-defined]
+    torch.testing.assert_close(*found, atol=2e-2, rtol=2e-2)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     folder = tmp_path_factory.mktemp("model")

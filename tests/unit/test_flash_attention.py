@@ -45,8 +45,8 @@ def cache() -> KVCache:
     return kv
 
 
-def flash(kv: KVCache, places: int = 6) -> FlashAttention:
-    return FlashAttention(kv, places, 6, kv.n_blocks - 1, plain_kernels, KVCache.write)
+def flash(kv: KVCache, places: int = 6, dense: int = 0) -> FlashAttention:
+    return FlashAttention(kv, places, 6, kv.n_blocks - 1, plain_kernels, KVCache.write, dense)
 
 
 def attend(context: object, layer: int, qkv: tuple[Tensor, ...], window: int | None) -> Tensor:
@@ -60,9 +60,19 @@ def tokens(n: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(1, heads, n, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))  # type: ignore[return-value]
 
 
+CHUNKS = [Part(1, 0, 7), Part(5, 3, 21), Part(3, 0, 3), Part(0, 8, 17)]
+
+
 @pytest.mark.parametrize("windows", [(None,) * LAYERS, (3, None, 3)])
-@pytest.mark.parametrize(("n_decodes", "n_chunks"), [(0, 1), (2, 0), (3, 2)])
-def test_a_mixed_step(n_decodes: int, n_chunks: int, windows: tuple[int | None, ...]) -> None:
+@pytest.mark.parametrize(
+    ("n_decodes", "n_chunks", "dense"),
+    [(0, 1, 0), (2, 0, 0), (3, 2, 0), (0, 1, 7), (1, 4, 7), (1, 4, 8), (2, 4, 9), (1, 3, 1)],
+)
+def test_a_mixed_step(
+    n_decodes: int, n_chunks: int, dense: int, windows: tuple[int | None, ...]
+) -> None:
+    """``dense``: chunks of so many tokens are large ones, the first or the last among small ones,
+    of a prompt's beginning or not."""
     torch.manual_seed(0)
     kv = cache()
     other = KVCache(
@@ -70,12 +80,12 @@ def test_a_mixed_step(n_decodes: int, n_chunks: int, windows: tuple[int | None, 
         KVShape(LAYERS, KV_HEADS, DIM, torch.float32),
         SIZE,
     )
-    subject, reference = flash(kv), SdpaAttention(other, 6, 6)
-    parts = [Part(4, 5, 6), Part(0, 2, 3), Part(2, 16, 17)][:n_decodes]
-    parts += [Part(1, 0, 7), Part(5, 3, 21)][:n_chunks]
+    subject, reference = flash(kv, dense=dense), SdpaAttention(other, 6, 6)
+    parts = [Part(4, 5, 6), Part(2, 16, 17), Part(0, 2, 3)][:n_decodes]
+    parts += CHUNKS[:n_chunks]
     order = torch.randperm(N_BLOCKS - 1).tolist()
     for part in parts:
-        table = [order.pop() for _ in range(6 if part.stop > 16 else 3)]
+        table = [order.pop() for _ in range(-(-part.stop // SIZE))]
         subject.place(part.place, table, part.stop)
         reference.place(part.place, table, part.stop)
     n = sum(part.stop - part.start for part in parts)

@@ -90,6 +90,15 @@ class KVCache:
         key = self._planes.index_select(0, planes).view(shape)
         return key, self._planes.index_select(0, planes + 1).view(shape)
 
+    def planes(self, table: Tensor) -> Tensor:
+        """(n,) blocks to (layers, 2, n): what ``read`` is told for their keys and values."""
+        within = torch.arange(self._planes_per_block, device=table.device).view(-1, 2, 1)
+        return table * self._planes_per_block + within
+
+    def read(self, planes: Tensor) -> Tensor:
+        """A copy, (n * block_size, head, dim), of ``planes``: (n,)."""
+        return self._planes.index_select(0, planes).view(-1, *self.data.shape[-2:])
+
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero the blocks: attention gives padding no weight, but 0 * NaN of an earlier holder
         would be NaN."""
