@@ -31,6 +31,9 @@ class Replayed:
         self.logits: Tensor = self._compute()
         self.n = 0
 
+    def reset(self) -> None:
+        self._compute = lambda: torch.empty(0)
+
     def replay(self) -> None:
         self.n += 1
         self.logits.copy_(self._compute())
@@ -74,6 +77,19 @@ def replays(driver: Driver) -> int:
     found = driver.engine._runner.graphs
     assert found is not None
     return sum(each.graph.n for each in found._captured.values())  # type: ignore[attr-defined]
+
+
+def test_what_they_hold_is_let_go_when_the_engine_ends(
+    captured: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go: list[object] = []
+    monkeypatch.setattr(Replayed, "reset", lambda each: let_go.append(each))
+    with Driver(captured, max_sequences=8) as driver:
+        found = driver.engine._runner.graphs
+        assert found is not None and len(found._captured) == 4
+        assert let_go == []
+    assert len(let_go) == 4
+    assert not found._captured and driver.engine._runner.graphs is None
 
 
 @pytest.mark.parametrize("run_ahead", ["auto", "off"])

@@ -70,6 +70,12 @@ class DecodeGraphs:
             captured.step.foresee(parts)
         return captured.logits[:n]
 
+    def release(self) -> None:
+        """What the graphs hold, now and not when they are collected: the end of a communicator
+        waits for every graph that has captured it. None computes any more, or ever will."""
+        while self._captured:
+            self._captured.popitem()[1].graph.reset()
+
     def _capture(self, size: int, step: DecodeStep, pool: object) -> _Captured:
         step.load(())
         stream = torch.cuda.Stream(self._model.device, priority=URGENT)  # type: ignore[no-untyped-call]

@@ -21,6 +21,7 @@ from triptych.engine.sequence import ItemSpan, Sequence
 from triptych.engine.work import Work
 from triptych.errors import TransferFailed
 from triptych.models.language import LanguageModel
+from triptych.models.stream import drain
 
 if TYPE_CHECKING:  # only on CUDA is it there to be imported
     from triptych.engine.graphs import DecodeGraphs
@@ -190,6 +191,8 @@ class Runner:
     def let_go(self) -> None:
         """Of captured steps, after the last. Those of several ranks hold the ranks' communicator,
         whose end waits for theirs."""
+        if self.graphs is not None and drain(self._device):
+            self.graphs.release()
         self.graphs = None
 
     def _leave_place(self, request_id: str) -> None:

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -103,6 +104,10 @@ def main(arguments: list[str]) -> int:
     compute.runner.let_go()
     links.result().close()
     leave()
+    with suppress(PipeClosed, TimeoutError):
+        # The leader closes the pipe when it has left too. To its communicator a process that has
+        # ended before is one that was lost, and torch ends a process for that.
+        commands.receive(_commands, start.timeouts.rank)
     return 0
 
 

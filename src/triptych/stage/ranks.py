@@ -238,6 +238,8 @@ class RankGroup:
             except PipeClosed:
                 continue  # it has ended by itself
         leave()
+        for follower in self._followers:
+            follower.commands.close()  # which it waits for
         deadline = time.monotonic() + self._timeouts.rank
         for follower in self._followers:
             try:
@@ -246,7 +248,6 @@ class RankGroup:
                 logger.warning("rank %d did not end and is killed", follower.index)
                 follower.process.kill()
                 follower.process.wait()
-            follower.commands.close()
             follower.side.close()
         self._folder.cleanup()
 
