@@ -65,9 +65,9 @@ def test_equals_dense_attention(n_decodes: int, n_chunks: int, window: int | Non
     decodes = None
     if n_decodes:
         kv_lens = torch.tensor([stop for _, stop in starts_stops[:n_decodes]])
-        decodes = DecodeBatch(torch.stack(tables[:n_decodes]), kv_lens, 3 * SIZE)
+        decodes = DecodeBatch(kv.planes(torch.cat(tables[:n_decodes])), kv_lens, 3 * SIZE)
     chunks = [
-        Chunk(table[None, : -(-stop // SIZE)], start, stop)
+        Chunk(kv.planes(table[: -(-stop // SIZE)]), start, stop)
         for table, (start, stop) in zip(tables[n_decodes:], starts_stops[n_decodes:], strict=True)
     ]
     context = StepContext(kv, torch.cat(slots), decodes, n_decodes, tuple(chunks))
@@ -107,8 +107,9 @@ def test_layout_is_block_layer_kv_token_head_dim() -> None:
     kv.write(2, slots, key, value)
     assert torch.equal(kv.data[6, 2, 0, 2:], key[:2]) and torch.equal(kv.data[2, 2, 1, 0], value[2])
     assert kv.data.count_nonzero() == 2 * 3 * KV_HEADS * DIM
-    gathered, _ = kv.gather(2, torch.tensor([[6, 2], [2, 2]]))
-    assert torch.equal(gathered[0, 2:5], key) and torch.equal(gathered[1, 0], key[2])
+    keys, values = kv.read(kv.planes(torch.tensor([6, 2, 4]))[2])
+    assert torch.equal(keys[2:5], key) and torch.equal(values[2:5], value)
+    assert keys.shape == values.shape == (3 * SIZE, KV_HEADS, DIM)
     assert kv.offset(2) == 2 * kv.block_nbytes
     kv.clear([6])
     kv.clear([])

@@ -31,12 +31,13 @@ Window = int | None
 class DecodeBatch:
     """One new token of each of several sequences."""
 
-    table: Tensor
-    """(sequences, n) blocks; a row is padded with blocks of the same sequence."""
+    planes: Tensor
+    """Where keys and values lie, as from ``KVCache.planes``: of as many blocks for each sequence;
+    a short one's are padded with blocks of its own."""
     kv_lens: Tensor
     """(sequences,) tokens with KV, the new one included."""
     n_slots: int
-    """Tokens that a row of ``table`` has room for."""
+    """Tokens that each sequence's blocks have room for."""
     masks: dict[Window, Tensor] = field(default_factory=dict)
 
     def mask(self, window: Window) -> Tensor:
@@ -55,8 +56,8 @@ class DecodeBatch:
 class Chunk:
     """Tokens ``start .. stop`` of one prompt."""
 
-    table: Tensor
-    """(1, n) blocks of tokens ``0 .. stop``."""
+    planes: Tensor
+    """Where keys and values of tokens ``0 .. stop`` lie, as from ``KVCache.planes``."""
     start: int
     stop: int
     runs: tuple[Run, ...] = ()
@@ -72,7 +73,7 @@ class Chunk:
     def _mask(self, window: Window) -> Tensor | None:
         if self.start == 0 and not self.runs and (window is None or window >= self.stop):
             return None
-        token = torch.arange(self.stop, device=self.table.device)
+        token = torch.arange(self.stop, device=self.planes.device)
         query = token[self.start :, None]
         mask = token <= query
         for first, last in self.runs:
@@ -207,16 +208,16 @@ class SdpaAttention:
         slots.append(own)
         n_blocks = max(part.start for part in parts) // size + 1
         table = self._tables[:, :n_blocks].index_select(0, places)
-        return DecodeBatch(table, kv_lens, n_blocks * size)
+        return DecodeBatch(self._kv.planes(table.flatten()), kv_lens, n_blocks * size)
 
     def _chunk(self, part: Part, slots: list[Tensor]) -> Chunk:
         size = self._kv.block_size
-        table = self._tables[part.place : part.place + 1, : (part.stop - 1) // size + 1]
+        table = self._tables[part.place, : (part.stop - 1) // size + 1]
         first = part.start // size
         offset = part.start - first * size
-        own = self._kv.slots(table[0, first:])[offset : offset + part.stop - part.start]
+        own = self._kv.slots(table[first:])[offset : offset + part.stop - part.start]
         slots.append(own)
-        return Chunk(table, part.start, part.stop, part.runs)
+        return Chunk(self._kv.planes(table), part.start, part.stop, part.runs)
 
 
 def paged_attention(
@@ -247,16 +248,15 @@ def _decode(
     """``query``: (sequences, heads, 1, dim). Returns (sequences, heads, dim)."""
     batch = context.decodes
     assert batch is not None
-    key, value = context.kv.gather(layer, batch.table)
+    n, heads, _, dim = query.shape
+    key, value = context.kv.read(batch.planes[layer]).view(2, n, batch.n_slots, -1, dim)
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    # The query heads of a group are one head's queries: all see the same tokens.
+    groups = query.reshape(n, key.shape[1], -1, dim)
     attended = scaled_dot_product_attention(
-        query,
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=batch.mask(window),
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[2],
+        groups, key, value, attn_mask=batch.mask(window), scale=scaling
     )
-    return attended.squeeze(2)
+    return attended.reshape(n, heads, dim)
 
 
 def _chunk(
@@ -268,16 +268,16 @@ def _chunk(
     window: Window,
 ) -> Tensor:
     """``query``: (1, heads, tokens, dim). Returns (tokens, heads, dim)."""
-    key, value = context.kv.gather(layer, chunk.table)
+    key, value = context.kv.read(chunk.planes[layer])[:, None, : chunk.stop].transpose(2, 3)
     mask = chunk.mask(window)
     attended = scaled_dot_product_attention(
         query,
-        key[:, : chunk.stop].transpose(1, 2),
-        value[:, : chunk.stop].transpose(1, 2),
+        key,
+        value,
         attn_mask=mask,
         is_causal=mask is None,
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[2],
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return attended[0].transpose(0, 1)
 

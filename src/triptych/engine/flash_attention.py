@@ -247,8 +247,7 @@ class MixedStep(Step):
             if planes is None:
                 k, v = key[rows], value[rows]
             else:
-                read, stop = self.attention.kv.read, chunk.part.stop
-                k, v = read(planes[layer, 0])[:stop], read(planes[layer, 1])[:stop]
+                k, v = self.attention.kv.read(planes[layer])[:, : chunk.part.stop]
             wrapper.run(query[rows], k, v, out=out[rows])
         if self._small_rows is not None:
             some = query.index_select(0, self._small_rows)

@@ -82,22 +82,14 @@ class KVCache:
         self._rows.index_copy_(0, rows, key.flatten(1))
         self._rows.index_copy_(0, rows + self.block_size, value.flatten(1))
 
-    def gather(self, layer: int, table: Tensor) -> tuple[Tensor, Tensor]:
-        """``table``: (sequences, n) blocks. Keys and values, (sequences, n * block_size, head, dim)
-        each."""
-        planes = table.flatten() * self._planes_per_block + layer * 2
-        shape = (table.shape[0], -1, *self.data.shape[-2:])
-        key = self._planes.index_select(0, planes).view(shape)
-        return key, self._planes.index_select(0, planes + 1).view(shape)
-
     def planes(self, table: Tensor) -> Tensor:
         """(n,) blocks to (layers, 2, n): what ``read`` is told for their keys and values."""
         within = torch.arange(self._planes_per_block, device=table.device).view(-1, 2, 1)
         return table * self._planes_per_block + within
 
     def read(self, planes: Tensor) -> Tensor:
-        """A copy, (n * block_size, head, dim), of ``planes``: (n,)."""
-        return self._planes.index_select(0, planes).view(-1, *self.data.shape[-2:])
+        """A copy of keys and values, (2, n * block_size, head, dim), from a layer's ``planes``."""
+        return self._planes.index_select(0, planes.flatten()).view(2, -1, *self.data.shape[-2:])
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero the blocks: attention gives padding no weight, but 0 * NaN of an earlier holder

@@ -255,7 +255,9 @@ class Runner:
         rows = [end - 1 for w, end in zip(work, ends, strict=True) if w.samples]
         if not rows:
             return None
-        return self._model.logits(hidden.index_select(0, to_device(rows, self._device)))
+        if len(rows) < len(hidden):
+            hidden = hidden.index_select(0, to_device(rows, self._device))
+        return self._model.logits(hidden)
 
     def _captured(self, graphs: DecodeGraphs, decodes: Seq[Work], after: Launched | None) -> Tensor:
         positions = [w.sequence.last_position + w.ahead for w in decodes]
