@@ -4,15 +4,15 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest
 export PROMPT MODEL
 
-.PHONY: help setup demo check test test-all bench clean
+.PHONY: help setup demo check test test-all bench bench-idle clean
 
 help:
 	@echo 'make demo       two questions about four pictures through E/P/D, compared with EPD'
 	@echo '                IMAGES="a.jpg b.png" PROMPT="..." MODEL=folder-or-hub-name use your own'
 	@echo 'make check      ruff, mypy --strict, import-linter, sizes'
 	@echo 'make test       the tests; make test-all adds the full matrices'
-	@echo 'make bench      what an idle role, /encode and the router cost; the same loads on several'
-	@echo '                topologies of a small model'
+	@echo 'make bench      the same loads on several topologies of a small model'
+	@echo 'make bench-idle what an idle role, /encode and the router cost'
 	@echo 'make clean      remove the environment, logs and caches'
 
 setup:
@@ -36,8 +36,10 @@ test-all: setup
 	$(PYTEST) -m 'not gpu'
 
 bench: setup
-	$(BIN)/python benchmarks/idle_and_latency.py
 	$(BIN)/triptych bench topologies --together 2
+
+bench-idle: setup
+	$(BIN)/python benchmarks/idle_and_latency.py
 
 clean:
 	rm -rf .venv .demo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -92,6 +92,11 @@ def test_where_the_roles_of_an_arrangement_are(
     assert {server.topology for server in made.servers} == {topology}
 
 
+@pytest.mark.parametrize(("device", "count"), [("cuda:0", 1), ("cpu", 2)])
+def test_a_gpu_that_is_named_twice_is_one(device: str, count: int) -> None:
+    assert arrange("E/PD", (device, device), COMMON).devices == count
+
+
 @pytest.mark.parametrize(
     ("name", "devices", "reason"),
     [

@@ -18,6 +18,7 @@ class Arrangement:
     servers: tuple[ServeConfig, ...]
     """Each a router with its workers; a client takes them in turn."""
     devices: int
+    """GPUs that its workers use, or on a CPU workers' worth of it."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def arrange(name: str, devices: Sequence[str], common: ServeConfig) -> Arrangeme
     if not devices:
         raise ConfigError("bench topologies needs --devices")
     placed = replace(common, transport=transport)
-    return Arrangement(name, _SERVERS[kind](tuple(devices), placed), len(devices))
+    count = len(devices) if "cpu" in devices else len(set(devices))
+    return Arrangement(name, _SERVERS[kind](tuple(devices), placed), count)
 
 
 def _on(common: ServeConfig, device: str) -> ModelConfig:
