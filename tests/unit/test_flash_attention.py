@@ -97,6 +97,18 @@ def test_a_mixed_step(
             torch.testing.assert_close(got, attend(theirs, layer, qkv, window), atol=1e-5, rtol=0)
 
 
+def test_a_long_context_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_attention, "LONGEST_COPY", 16)
+    subject = flash(cache(), dense=7)
+    parts = [Part(1, 3, 17), Part(5, 3, 16), Part(3, 0, 6)]
+    for part in parts:
+        subject.place(part.place, range(-(-part.stop // SIZE)), part.stop)
+    subject.plan(parts, 0)
+    step = subject._step
+    assert isinstance(step, flash_attention.MixedStep)
+    assert [chunk.part for chunk in step._large] == [parts[1]] and step._small == [*parts[::2]]
+
+
 def test_a_captured_size_computes_fewer_and_leaves_the_rest_alone() -> None:
     torch.manual_seed(0)
     kv = cache()

@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 HOPPER = 9
 """Major compute capability of GPUs whose kernels read keys and values in large tiles."""
-LARGE_CHUNK = 1024
-"""Tokens of a chunk that is worth a copy of its keys and values in one piece."""
 WARM_UP_TOKENS = 64
 """Of a second forward, so that compiled code is seen to serve another number of tokens."""
 
@@ -59,8 +57,9 @@ def open_attention(name: str, kv: KVCache, places: int, max_blocks: int) -> Atte
     write = importlib.import_module("triptych.engine.kv_write").write
     flash = importlib.import_module("triptych.engine.flash_attention")
     hopper = torch.cuda.get_device_capability(kv.device)[0] == HOPPER
+    dense = flash.LARGE_CHUNK if hopper else 0
     found: Attention = flash.FlashAttention(
-        kv, places, max_blocks, kv.n_blocks - 1, kernels, write, LARGE_CHUNK if hopper else 0
+        kv, places, max_blocks, kv.n_blocks - 1, kernels, write, dense
     )
     return found
 

@@ -26,6 +26,10 @@ from triptych.engine.kv_cache import KVCache
 
 WORKSPACE_NBYTES = 256 << 20
 """Of partial results; all plans share it, since one step runs at a time."""
+LARGE_CHUNK = 1024
+"""Tokens of a chunk that is worth a copy of its keys and values in one piece."""
+LONGEST_COPY = 65_536
+"""Most tokens that are copied: what a copy of more takes is worth more as KV cache."""
 HEAD_DIMS = (64, 128, 256)
 """That FlashInfer has kernels for on every supported GPU."""
 
@@ -220,7 +224,7 @@ class MixedStep(Step):
         first = 0
         for part in parts:
             last = first + part.stop - part.start
-            if 0 < attention.dense <= last - first:
+            if 0 < attention.dense <= last - first and part.stop <= LONGEST_COPY:
                 planes = attention.kv.planes(attention.blocks(part)) if part.start else None
                 self._large.append(_Large(part, slice(first, last), planes))
             else:

@@ -7,7 +7,8 @@ import logging
 import torch
 
 from triptych.config import MIB, EngineConfig
-from triptych.engine.backends import Compute
+from triptych.engine.backends import Compute, choose, longest
+from triptych.engine.flash_attention import LONGEST_COPY
 from triptych.engine.kv_cache import KVShape
 from triptych.errors import ConfigError
 from triptych.models.language import LanguageModel
@@ -50,7 +51,9 @@ def kv_nbytes(model: LanguageModel, config: EngineConfig, share: float, landing_
 
 def step_nbytes(model: LanguageModel, config: EngineConfig) -> int:
     """What the largest step takes besides weights and KV cache: measured, by one forward whose
-    layers are not compiled, which takes no less than compiled ones."""
+    layers are not compiled, which takes no less than compiled ones. It begins a prompt; what a
+    chunk of a long one copies of its keys and values, one while the last is still there, is added.
+    """
     n_tokens = min(config.step_tokens(model.device.type), model.max_positions)
     shape = KVShape(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype)
     n_blocks = -(-n_tokens // config.block_size) + 1
@@ -67,4 +70,7 @@ def step_nbytes(model: LanguageModel, config: EngineConfig) -> int:
     taken = torch.cuda.max_memory_allocated(model.device) - before
     del compute, memory
     torch.cuda.empty_cache()
+    if choose(model, config) == "flashinfer":
+        copied = min(longest(model, config), LONGEST_COPY)
+        taken += 2 * copied * shape.block_nbytes(1) // shape.num_layers
     return taken
