@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.unit.test_scheduler import prompt, run, scheduler, shown
+from triptych.engine import scheduler as rules
 from triptych.engine.scheduler import PATIENCE, Scheduler
 from triptych.engine.sequence import Item, Phase, Rows, Sequence
 
@@ -67,7 +70,8 @@ def test_adaptive_lets_others_pass_whoever_is_cramped() -> None:
     assert turn(owner) == [("b", 0, 8), ("a", 0, 2)]
 
 
-def test_adaptive_fills_what_is_left() -> None:
+def test_adaptive_fills_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "WORTH", 1)
     owner = scheduler(overlap="adaptive", chunk=10)
     first = partial("a", first=6)
     owner.add(first)
@@ -80,6 +84,29 @@ def test_adaptive_fills_what_is_left() -> None:
     owner.add(prompt("d", 8))
     # Complete, it is the oldest of those that are.
     assert turn(owner)[2:] == [("a", 6, 12), ("d", 0, 2)]
+
+
+def test_adaptive_fills_where_it_is_worth_the_time_of_those_who_decode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rules, "WORTH", 3)
+    owner = scheduler(overlap="adaptive", n_blocks=30, chunk=20)
+    first = partial("a", n=14, first=5)
+    for name, answer in (("b", 3), ("c", 5)):
+        owner.add(prompt(name, 4, answer=answer))
+    assert turn(owner) == [("b", 0, 4), ("c", 0, 4)]
+    owner.add(first)
+    # Five tokens for two that decode are not enough, for the one that is left they are.
+    assert turn(owner) == [("b", 4, 5), ("c", 4, 5)]
+    assert turn(owner) == [("b", 5, 6), ("c", 5, 6)]
+    assert turn(owner) == [("c", 6, 7), ("a", 0, 5)]
+    # Complete, it waits for nobody.
+    land(first)
+    assert turn(owner) == [("c", 7, 8), ("a", 5, 14)]
+    # Where nobody decodes, every token is worth it.
+    lone = scheduler(overlap="adaptive", chunk=20)
+    lone.add(partial("d", first=1))
+    assert turn(lone) == [("d", 0, 1)]
 
 
 def test_adaptive_gives_places_and_room_to_complete_prompts_first() -> None:

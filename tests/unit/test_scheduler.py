@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from triptych.engine import scheduler as rules
 from triptych.engine.block_manager import BlockManager
 from triptych.engine.scheduler import Overlap, Scheduler
 from triptych.engine.sequence import (
@@ -135,7 +136,10 @@ def test_an_older_prompt_takes_back_what_a_short_one_was_given_in_the_same_step(
     assert step.preempted == (late,)
 
 
-def test_complete_prompts_first_partial_ones_fill_the_rest() -> None:
+def test_complete_prompts_first_partial_ones_fill_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rules, "WORTH", 1)
     owner = scheduler()
     partial = prompt("a", 10, items=(Item(4, 6, 2),))
     owner.add(partial)

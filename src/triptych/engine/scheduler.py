@@ -24,10 +24,11 @@ before, and the oldest prompt has the other half. ``overlap`` says what becomes 
 whose images have not landed. "always": they are like others. "off": they wait in the queue, where
 others pass them, but for a *cramped* one: its images do not fit where they land all at once, so
 that it is like others. "adaptive": prompts that are complete go first, into places and into steps;
-the others fill what would be idle otherwise, take blocks from nobody and give theirs up first, and
-hold half of the cache at most while others run. One that has been passed by a certain amount of
-work counts as complete, so that it is not passed forever: it may be cramped. There are never more
-running sequences than tokens in a step: decodes leave room for a prompt.
+the others fill what would be idle otherwise, where they have enough to be worth it, take blocks
+from nobody and give theirs up first, and hold half of the cache at most while others run. One that
+has been passed by a certain amount of work counts as complete, so that it is not passed forever: it
+may be cramped. There are never more running sequences than tokens in a step: decodes leave room for
+a prompt.
 
 A run, rows that a model computes as a whole, is never cut by a chunk: a chunk ends before a run
 that does not fit, and decodes leave room for the longest one.
@@ -50,6 +51,10 @@ from triptych.errors import PromptTooLong
 Overlap = Literal["adaptive", "off", "always"]
 READ_AHEAD = 8
 """Steps whose prompts may have their images brought before they run."""
+WORTH = 20
+"""Tokens of an incomplete prompt, for each sequence that decodes, that are worth the time by which
+a chunk of their own makes a step longer; fewer are computed together with those of later images
+(docs/benchmarks/engine.md)."""
 PATIENCE = 64
 """Full steps of others by which an incomplete prompt may be passed."""
 _by_order = attrgetter("order")
@@ -287,7 +292,8 @@ class Scheduler:
             elif sequence.phase is Phase.PREFILL:  # or preempted a moment ago
                 budget -= self._chunk(sequence, budget, chunks, preempts=True)
         for sequence in fill:
-            if sequence.phase is Phase.PREFILL:
+            ready = sequence.ready_until - sequence.computed
+            if sequence.phase is Phase.PREFILL and ready >= WORTH * len(decodes):
                 budget -= self._chunk(sequence, budget, chunks, preempts=False)
         for sequence in [work.sequence for work in decodes]:
             # One block ahead, so that the step after this can be planned while this one computes.
