@@ -133,7 +133,7 @@ async def test_what_nobody_wants_any_more_is_not_preprocessed(
 ) -> None:
     decode = Held(preparation.decode)
     monkeypatch.setattr(preparation, "decode", decode)
-    async with bench(folder) as subject:
+    async with bench(folder, media_threads=2) as subject:
         preprocess = Held(subject.processor.preprocess)
         monkeypatch.setattr(subject.processor, "preprocess", preprocess)
         await subject.encode(request("r1", [png(picture(seed)) for seed in range(3)]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -327,5 +328,7 @@ def test_an_answer_that_ended_with_its_first_token_just_frees(driver: Driver) ->
 def test_what_is_captured_goes_with_the_engine(family: Family) -> None:
     """A rank's communicator waits for the end of the graphs in which its operations are."""
     with Driver(family.language) as driver:
-        driver.engine._runner.graphs = object()  # type: ignore[assignment]
-    assert driver.engine._runner.graphs is None
+        released: list[bool] = []
+        captured = SimpleNamespace(release=lambda: released.append(True))
+        driver.engine._runner.graphs = captured  # type: ignore[assignment]
+    assert released == [True] and driver.engine._runner.graphs is None

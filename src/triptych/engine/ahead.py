@@ -14,7 +14,7 @@ find them, and it is only called when nothing is launched.
 from __future__ import annotations
 
 from triptych.engine.scheduler import Scheduler
-from triptych.engine.sequence import Phase, Sequence
+from triptych.engine.sequence import Phase
 from triptych.engine.work import Schedule, Work
 
 
@@ -27,7 +27,8 @@ def follow(work: tuple[Work, ...], scheduler: Scheduler) -> Schedule | None:
     """
     decoding = {w.sequence for w in work if w.is_decode and w.sequence.phase is Phase.DECODE}
     if not all(w.is_decode for w in work) or any(
-        sequence not in decoding and _can_be_computed(sequence) for sequence in scheduler.running
+        sequence not in decoding and scheduler.computes(sequence, len(decoding))
+        for sequence in scheduler.running
     ):
         return None
     going = tuple(
@@ -39,9 +40,3 @@ def follow(work: tuple[Work, ...], scheduler: Scheduler) -> Schedule | None:
     if not going or makes_room or scheduler.admits():
         return None
     return scheduler.extend(going)
-
-
-def _can_be_computed(sequence: Sequence) -> bool:
-    """Something of it, as far as its images have landed."""
-    decodes = sequence.phase is Phase.DECODE
-    return decodes or sequence.uncut(sequence.ready_until) > sequence.computed

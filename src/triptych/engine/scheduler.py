@@ -163,6 +163,13 @@ class Scheduler:
         rows = self._rows.ask(self.running, self.queue, self._find)
         return Schedule(preempted, rows, begun, granted, work)
 
+    def computes(self, sequence: Sequence, n_decodes: int) -> bool:
+        """Would a step with so many decodes compute something of this running one, given room?"""
+        if sequence.phase is Phase.DECODE:
+            return True
+        ready = sequence.uncut(sequence.ready_until) - sequence.computed
+        return ready > 0 and (self._goes_first(sequence) or ready >= WORTH * n_decodes)
+
     def admits(self) -> bool:
         """Would ``schedule`` let in one of those who wait?"""
         if self.starting and (len(self.running) < self.places or self._others()):
@@ -292,8 +299,7 @@ class Scheduler:
             elif sequence.phase is Phase.PREFILL:  # or preempted a moment ago
                 budget -= self._chunk(sequence, budget, chunks, preempts=True)
         for sequence in fill:
-            ready = sequence.ready_until - sequence.computed
-            if sequence.phase is Phase.PREFILL and ready >= WORTH * len(decodes):
+            if sequence.phase is Phase.PREFILL and self.computes(sequence, len(decodes)):
                 budget -= self._chunk(sequence, budget, chunks, preempts=False)
         for sequence in [work.sequence for work in decodes]:
             # One block ahead, so that the step after this can be planned while this one computes.
