@@ -54,9 +54,10 @@ async def test_one_that_gives_up_keeps_nobody_waiting() -> None:
 async def test_a_burst_of_posts(path: str) -> None:
     """All of them lie in their sockets when the loop looks: none is handled in the same round as
     another."""
-    rounds, handled = [0], []
+    turns, rounds, handled = Turns(), [0], []
 
     async def handler(message: wire.EncodeRequest, channel: Any) -> wire.Message:
+        await turns.take()
         handled.append(rounds[0])
         return wire.EncodeResponse(())
 

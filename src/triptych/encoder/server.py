@@ -17,6 +17,7 @@ from triptych.models.captured import CudaGraphs
 from triptych.models.loading import identity, load_encoder
 from triptych.models.vision import VisionModel
 from triptych.stage import Stage
+from triptych.stage.http import Turns
 from triptych.transfer.channel import Channel
 from triptych.transfer.device_region import open_region
 from triptych.transfer.producer import Producer
@@ -37,6 +38,7 @@ class EncoderWorker:
             url=stage.url,
             host=urlsplit(stage.url).hostname or config.network.host,
         )
+        self._turns = Turns()
         self.service = EncoderService(
             config,
             stage.identity,
@@ -60,6 +62,7 @@ class EncoderWorker:
         return tuple(transport.offer() for transport in self.transports.values())
 
     async def encode(self, message: wire.EncodeRequest, channel: Channel) -> wire.EncodeResponse:
+        await self._turns.take()
         return await self.service.encode(message, channel.session)
 
     def on_message(self, channel: Channel, message: wire.ChannelMessage) -> None:

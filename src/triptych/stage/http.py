@@ -187,13 +187,11 @@ def post_route(
     path: str, kind: type[M], handler: Handler[M], sessions: Sessions, max_body: int
 ) -> Route:
     """``POST path``: an authenticated ``kind`` in, a message out, errors of the tree as Problem."""
-    turns = Turns()
 
     async def endpoint(request: Request) -> Response:
         try:
             channel = sessions.authorize(request.headers)
             body = await _body(request, max_body)
-            await turns.take()
             with rpc_seconds.labels(path).time():
                 answer = await handler(wire.decode(body, kind), channel)
         except TriptychError as exc:
