@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from triptych.encoder.scheduler import RETRY_AFTER_S
 from triptych.errors import Cancelled, NoRoom, Overloaded
+from triptych.stage.cancels import Cancels
 from triptych.transfer.pool import Extent, Pool
-
-REMEMBERED_CANCELS = 4096
-"""A cancel may overtake the request it is about: so many are remembered."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +46,11 @@ class Admission:
         """Bytes that each of them waits for."""
         self._given: deque[Given] = deque()
         """Of the last ``RETRY_AFTER_S``."""
-        self._cancelled: OrderedDict[str, None] = OrderedDict()
+        self._cancels = Cancels()
 
     def check(self, request_id: str) -> None:
         """Raises Cancelled when the request's cancel has come already."""
-        if request_id in self._cancelled:
-            raise Cancelled(f"request {request_id} was cancelled")
+        self._cancels.check(request_id)
 
     def take_now(self, sizes: list[int]) -> list[Extent]:
         """One extent per size, in bytes. Raises PromptTooLong: more than the whole pool. NoRoom."""
@@ -72,9 +69,7 @@ class Admission:
 
     def cancel(self, request_id: str) -> None:
         """End the request's wait, and refuse it should it only come now. Idempotent."""
-        self._cancelled[request_id] = None
-        while len(self._cancelled) > REMEMBERED_CANCELS:
-            self._cancelled.popitem(last=False)
+        self._cancels.add(request_id)
         for task, waiting in self._waiting.items():
             if waiting == request_id:
                 task.cancel()
@@ -110,7 +105,9 @@ class Admission:
             raise
         finally:
             del self._waiting[task], self._wanted[task]
-        if request_id in self._cancelled:
-            self._pool.free_all(extents)
+        try:
             self.check(request_id)
+        except Cancelled:
+            self._pool.free_all(extents)
+            raise
         return extents

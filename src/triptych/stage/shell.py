@@ -27,6 +27,7 @@ from triptych.observe import exposition
 from triptych.observe.metrics import record_span
 from triptych.refs import KVLayout
 from triptych.request import Span
+from triptych.stage.cancels import Cancels
 from triptych.stage.draining import Drain
 from triptych.stage.http import (
     Handler,
@@ -42,7 +43,7 @@ from triptych.transfer.channel import Channel, OnLost, OnMessage, Sessions
 from triptych.transfer.handshake import Listener, dial
 
 logger = logging.getLogger(__name__)
-M = TypeVar("M", bound=wire.Message)
+R = TypeVar("R", wire.EncodeRequest, wire.PrefillRequest, wire.ReserveRequest, wire.DecodeRequest)
 
 REDIAL_S = 0.25
 """First wait before dialling a router that is not there; doubles up to REDIAL_MAX_S."""
@@ -108,6 +109,7 @@ class Stage:
         """Set once the worker is registered with its router."""
         self._service: Service | None = None
         self._routes: list[BaseRoute] = []
+        self._cancels = Cancels()
         self._stopping = asyncio.Event()
         self._drain = Drain(lambda: self.service.busy(), self.report)
         self._refused: PeerRefused | None = None
@@ -135,8 +137,14 @@ class Stage:
         self.kv = kv
         self.transports = tuple(transports)
 
-    def post(self, path: str, kind: type[M], handler: Handler[M]) -> None:
-        self._routes.append(post_route(path, kind, handler, self.sessions, MAX_BODY))
+    def post(self, path: str, kind: type[R], handler: Handler[R]) -> None:
+        """``POST path``. A request whose cancel has come before it is answered with Cancelled."""
+
+        async def unless_cancelled(message: R, channel: Channel) -> wire.Message:
+            self._cancels.check(message.request_id)
+            return await handler(message, channel)
+
+        self._routes.append(post_route(path, kind, unless_cancelled, self.sessions, MAX_BODY))
 
     def route(self, route: BaseRoute) -> None:
         self._routes.append(route)
@@ -292,6 +300,7 @@ class Stage:
 
     def _on_message(self, channel: Channel, message: wire.ChannelMessage) -> None:
         if isinstance(message, wire.Cancel):
+            self._cancels.add(message.request_id)
             self.service.cancel(message.request_id)
         elif isinstance(message, wire.Drain):
             self._begin_drain()
