@@ -13,6 +13,7 @@ from transformers import Qwen2_5_VLConfig
 from triptych.config import EngineConfig, ModelConfig
 from triptych.engine.attention import Part
 from triptych.engine.backends import Compute, compile_layers, open_attention
+from triptych.engine.flash_attention import MixedStep
 from triptych.engine.kv_cache import KVCache, KVShape
 from triptych.engine.runner import Prompt
 from triptych.engine.selftest import selftest
@@ -29,70 +30,66 @@ PROMPTS = (40, 21, 3)
 STEPS = 20
 
 
+def both(
+    parts: list[Part], n_decodes: int, qkv: tuple[Tensor, ...], window: int | None
+) -> tuple[Tensor, Tensor]:
+    """FlashInfer's and torch's own attention over the same cache, whose blocks lie anywhere."""
+    query, key, _ = qkv
+    dim, stop = query.shape[-1], max(part.stop for part in parts)
+    n_blocks = sum(-(-part.stop // BLOCK) for part in parts) + 1
+    shape = KVShape(2, key.shape[1], dim, torch.bfloat16)
+    memory = torch.zeros(n_blocks * shape.block_nbytes(BLOCK), dtype=torch.uint8, device=DEVICE)
+    kv = KVCache(memory, shape, BLOCK)
+    kv.data.normal_()
+    order = torch.randperm(n_blocks - 1).tolist()
+    tables = {part.place: [order.pop() for _ in range(-(-part.stop // BLOCK))] for part in parts}
+    layer = torch.nn.Module()
+    found = []
+    for name in ("flashinfer", "sdpa"):
+        attention = open_attention(name, kv, 4, -(-stop // BLOCK))
+        for part in parts:
+            attention.place(part.place, tables[part.place], part.stop)
+        context = attention.plan(parts, n_decodes)
+        for index in range(2):
+            layer.layer_idx = index  # type: ignore[assignment]
+            out = context.attend(layer, *qkv, dim**-0.5, window)
+        found.append(out.float())
+    return found[0], found[1]
+
+
 @pytest.mark.parametrize(
     ("window", "heads", "kv_heads", "dim"), [(None, 7, 1, 128), (None, 8, 8, 128), (5, 32, 8, 128)]
 )
 def test_equals_torch(window: int | None, heads: int, kv_heads: int, dim: int) -> None:
     """Every other kind of kernel takes a minute to compile."""
     torch.manual_seed(0)
-    shape = KVShape(2, kv_heads, dim, torch.bfloat16)
-    memory = torch.zeros(64 * shape.block_nbytes(BLOCK), dtype=torch.uint8, device=DEVICE)
-    kv = KVCache(memory, shape, BLOCK)
-    kv.data.normal_()
     parts = [Part(0, 17, 18), Part(3, 0, 1), Part(1, 0, 70), Part(2, 40, 47)]
-    order = torch.randperm(63).tolist()
-    tables = {part.place: [order.pop() for _ in range(-(-part.stop // BLOCK))] for part in parts}
     n = sum(part.stop - part.start for part in parts)
-    query, key, value = (
+    qkv = tuple(
         torch.randn(1, h, n, dim, device=DEVICE, dtype=torch.bfloat16)
         for h in (heads, kv_heads, kv_heads)
     )
-    layer = torch.nn.Module()
-    found = []
-    for name in ("flashinfer", "sdpa"):
-        attention = open_attention(name, kv, 4, 8)
-        for part in parts:
-            attention.place(part.place, tables[part.place], part.stop)
-        context = attention.plan(parts, 2)
-        for index in range(2):
-            layer.layer_idx = index  # type: ignore[assignment]
-            out = context.attend(layer, query, key, value, dim**-0.5, window)
-        found.append(out.float())
-    torch.testing.assert_close(*found, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(*both(parts, 2, qkv, window), atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("window", [None, 700])
-def test_large_chunks_equal_torch(window: int | None) -> None:
-    """Of a prompt's beginning, and behind blocks that lie anywhere; decodes and a small chunk
+def test_large_chunks_equal_torch(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a prompt's beginning, and behind blocks that lie anywhere; a decode and a small chunk
     beside them."""
     torch.manual_seed(0)
-    heads, kv_heads, dim = 7, 1, 128
-    shape = KVShape(2, kv_heads, dim, torch.bfloat16)
-    memory = torch.zeros(512 * shape.block_nbytes(BLOCK), dtype=torch.uint8, device=DEVICE)
-    kv = KVCache(memory, shape, BLOCK)
-    kv.data.normal_()
+    large: list[int] = []
+    plan = MixedStep._plan
+    monkeypatch.setattr(
+        MixedStep, "_plan", lambda step, kind: (large.append(len(step._large)), plan(step, kind))[1]
+    )
     parts = [Part(0, 17, 18), Part(1, 1100, 2403), Part(2, 40, 47), Part(3, 0, 1024)]
-    order = torch.randperm(511).tolist()
     n = sum(part.stop - part.start for part in parts)
     # As compiled layers hand them over: parts of wider rows.
-    wide = torch.randn(1, n, heads + 2 * kv_heads, dim, device=DEVICE, dtype=torch.bfloat16)
-    query, key, value = wide.transpose(1, 2).split([heads, kv_heads, kv_heads], 1)
-    tables = {part.place: [order.pop() for _ in range(-(-part.stop // BLOCK))] for part in parts}
-    layer = torch.nn.Module()
-    found = []
-    for name in ("flashinfer", "sdpa"):
-        attention = open_attention(name, kv, 4, 256)
-        for part in parts:
-            attention.place(part.place, tables[part.place], part.stop)
-        context = attention.plan(parts, 1)
-        for index in range(2):
-            layer.layer_idx = index  # type: ignore[assignment]
-            out = context.attend(layer, query, key, value, dim**-0.5, window)
-        found.append(out.float())
+    wide = torch.randn(1, n, 7 + 1 + 1, 128, device=DEVICE, dtype=torch.bfloat16)
+    qkv = wide.transpose(1, 2).split([7, 1, 1], 1)
+    torch.testing.assert_close(*both(parts, 1, qkv, window), atol=2e-2, rtol=2e-2)
     hopper = torch.cuda.get_device_capability(DEVICE)[0] == 9
-    flash = open_attention("flashinfer", kv, 4, 256)
-    assert flash.dense == (1024 if hopper else 0)  # type: ignore[attr-defined]
-    torch.testing.assert_close(*found, atol=2e-2, rtol=2e-2)
+    assert large == [2 if hopper else 0]
 
 
 @pytest.fixture(scope="module")

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
-import aiohttp
-import pytest
-from starlette.applications import Starlette
-
 from triptych import wire
-from triptych.stage.http import HttpServer, Turns, bind, post_route, url_of
+from triptych.encoder.server import EncoderWorker
+from triptych.stage.http import Turns
 
 N = 12
-
-
-class Anybody:
-    """Sessions that know everyone."""
-
-    def authorize(self, headers: Any) -> None:
-        return None
 
 
 async def test_one_at_a_time_in_order() -> None:
@@ -50,38 +41,26 @@ async def test_one_that_gives_up_keeps_nobody_waiting() -> None:
     assert first.cancelled() and second.cancelled()
 
 
-@pytest.mark.parametrize("path", ["/encode"])
-async def test_a_burst_of_posts(path: str) -> None:
-    """All of them lie in their sockets when the loop looks: none is handled in the same round as
-    another."""
-    turns, rounds, handled = Turns(), [0], []
+async def test_an_encoder_handles_a_burst_one_a_round() -> None:
+    """Its requests all lie in their sockets when the loop looks."""
+    rounds, handled = [0], []
 
-    async def handler(message: wire.EncodeRequest, channel: Any) -> wire.Message:
-        await turns.take()
-        handled.append(rounds[0])
-        return wire.EncodeResponse(())
+    class Service:
+        async def encode(self, message: wire.EncodeRequest, session: str) -> wire.EncodeResponse:
+            handled.append((message.request_id, rounds[0]))
+            return wire.EncodeResponse(())
 
     async def count() -> None:
         while len(handled) < N:
             rounds[0] += 1
             await asyncio.sleep(0)
 
-    socket = bind("127.0.0.1", 0)
-    route = post_route(path, wire.EncodeRequest, handler, Anybody(), 1 << 20)  # type: ignore[arg-type]
-    server = HttpServer(Starlette(routes=[route]), socket, drain_s=1.0)
-    serving = asyncio.create_task(server.run_until_stopped())
-    body = wire.encode(wire.EncodeRequest("r", (), images_in_request=0))
-    counting = asyncio.create_task(count())
-    try:
-        async with aiohttp.ClientSession() as client, asyncio.timeout(20):
-
-            async def post() -> int:
-                async with client.post(url_of(socket) + path, data=body) as answer:
-                    return answer.status
-
-            assert set(await asyncio.gather(*(post() for _ in range(N)))) == {200}
-    finally:
-        counting.cancel()
-        server.stop()
-        await serving
-    assert len(set(handled)) == N
+    worker: Any = SimpleNamespace(_turns=Turns(), service=Service())
+    channel: Any = SimpleNamespace(session="s")
+    burst = [wire.EncodeRequest(str(n), (), images_in_request=0) for n in range(N)]
+    async with asyncio.timeout(20):
+        await asyncio.gather(
+            count(), *(EncoderWorker.encode(worker, message, channel) for message in burst)
+        )
+    assert [name for name, _ in handled] == [str(n) for n in range(N)]
+    assert len({at for _, at in handled}) == N
