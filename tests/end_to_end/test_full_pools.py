@@ -15,7 +15,7 @@ from tests.end_to_end.stub_workers import StubWorker
 from triptych import wire
 from triptych.config import ModelConfig, Timeouts
 from triptych.demo.tiny import make_tiny_model
-from triptych.errors import NoRoom
+from triptych.errors import NoRoom, PromptTooLong
 from triptych.router.prompt import Prompter
 
 POOL_S = 200.0
@@ -64,6 +64,34 @@ async def test_a_pool_that_stays_full_is_a_429(prompter: Prompter) -> None:
     async with deploy(prompter, *workers) as d:
         with pytest.raises(openai.RateLimitError, match="no room now"):
             await d.ask(messages=with_images(*IMAGES))
+        assert all_idle(d)
+
+
+@pytest.mark.parametrize("most", [2, 1])
+async def test_what_one_pool_cannot_hold_is_spread_evenly(prompter: Prompter, most: int) -> None:
+    """One encoder has so much to do that the other is given all of a request."""
+
+    def encode(worker: StubWorker, message: wire.EncodeRequest) -> None:
+        if len(message.items) > most:
+            raise PromptTooLong(f"{len(message.items)} images, the pool has room for {most}")
+
+    images = (b"one", b"two", b"four", b"five")
+    workers = epd()
+    for worker in workers[:2]:
+        worker.on_encode = encode
+    async with deploy(prompter, *workers) as d:
+        (busy,) = (w for w in d.router.membership.workers("encoder") if w.worker_id == "encoder-0")
+        busy.load += 1_000_000
+        asking = d.ask(messages=with_images(*images))
+        if most == 1:  # nor do both together
+            with pytest.raises(openai.BadRequestError, match="the pool has room for 1"):
+                await asking
+        else:
+            assert (await asking).choices[0].message.content == SAID
+        shares = [{item.index for item in m.items} for w in workers[:2] for m in asked(w)]
+        assert shares.count(set(range(4))) == 1, "at first all went to one"
+        assert {0, 1, 2, 3} == set.union(*(share for share in shares if len(share) == 2))
+        busy.load -= 1_000_000
         assert all_idle(d)
 
 

@@ -16,6 +16,7 @@ from triptych.router.client import WorkerClient
 from triptych.router.inbox import Inboxes, StageFailed
 from triptych.router.membership import Membership, Worker
 from triptych.router.placement import (
+    Candidate,
     Item,
     excess,
     place_decode,
@@ -66,10 +67,14 @@ class Attempt:
 
     # ------------------------------------------------------------------ placing
 
-    def place_items(self, items: Sequence[Item], avoided: set[str]) -> None:
-        """Choose ``encoders``; at least one encoder must be known."""
+    def place_items(self, items: Sequence[Item], avoided: set[str], *, evenly: bool) -> None:
+        """Choose ``encoders``; at least one encoder must be known. ``evenly``: as if they had
+        nothing else to do, and had had none of the items."""
         known = self._allowed("encoder", avoided)
-        placed = spread_items(items, [worker.candidate for worker in known.values()])
+        candidates = [worker.candidate for worker in known.values()]
+        if evenly:
+            candidates = [Candidate(candidate.worker_id, load=0) for candidate in candidates]
+        placed = spread_items(items, candidates)
         self.encoders = [known[worker_id] for worker_id in placed]
         for index, (worker, item) in enumerate(zip(self.encoders, items, strict=True)):
             self._choose(worker)

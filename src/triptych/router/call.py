@@ -68,6 +68,9 @@ class Call:
     """Workers for its prompt were found: it is not refused for others that came after it."""
     patient: bool = False
     """An encoder had no room at once: from now on the request waits in line."""
+    evenly: bool = False
+    """An encoder's pool cannot hold what it was to encode: from now on all encoders have as much of
+    the request, whatever else they have to do."""
     avoided: set[str] = field(default_factory=set)
     """Workers that failed this request."""
     sampling: Sampling | None = None

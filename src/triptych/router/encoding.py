@@ -4,6 +4,9 @@ Nobody holds room at one encoder and waits for it at another in a circle. A requ
 its encoders at once, and none of them to wait. If one has no room, the request gives back all it
 was given and asks again, one encoder after the other in the order of their ids: whoever waits
 holds room only at encoders before the one it waits for, and nothing at that one.
+
+Items go where they are ready soonest, which may be one encoder for all of them. Where its pool
+could not hold them even if it were empty, the request asks once more with its items spread evenly.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ class Encoding:
         if not files:
             return []
         await self._membership.wait_for(lambda: ("encoder",), self._timeouts.worker)
-        attempt.place_items([Item(file.content, file.patches) for file in files], call.avoided)
+        items = [Item(file.content, file.patches) for file in files]
+        attempt.place_items(items, call.avoided, evenly=call.evenly)
         shares: dict[Worker, list[int]] = {}
         for index, worker in enumerate(attempt.encoders):
             shares.setdefault(worker, []).append(index)
@@ -59,8 +63,8 @@ class Encoding:
                 self._at(call, attempt, worker, files, indices)
                 for worker, indices in shares.items()
             )
-        items = {item.index: item for share in found for item in share}
-        return [_encoded(items.get(index), index) for index in range(len(files))]
+        encoded = {item.index: item for share in found for item in share}
+        return [_encoded(encoded.get(index), index) for index in range(len(files))]
 
     async def _at(
         self,

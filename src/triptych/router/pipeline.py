@@ -250,6 +250,14 @@ class Pipeline:
         if isinstance(failure.error, NoRoom) and not call.patient:
             call.patient = True
             return
+        if (
+            isinstance(failure.error, PromptTooLong)
+            and failure.worker.role == "encoder"
+            and not call.evenly
+            and attempt.may_be_replaced(failure.worker, set())
+        ):
+            call.evenly = True
+            return
         if isinstance(failure.error, SlotGone) and failure.error.item is not None:
             # Its encoder may have it again, and is not to blame: it needed the room.
             call.let_go += 1
