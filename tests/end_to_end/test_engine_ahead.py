@@ -26,6 +26,7 @@ from triptych.engine.messages import (
     StartDecode,
     StepOutput,
 )
+from triptych.engine.sequence import Trust
 from triptych.errors import ConfigError, TriptychError
 from triptych.request import Sampling, TokenEvent
 
@@ -271,7 +272,7 @@ class Played(Turns):
         elif (name, item) not in self._held:
             self._held.add((name, item))
             rows = self._cases[name].rows[item]
-            self._late.append((ItemLanded(name, item, rows, borrowed=True),))
+            self._late.append((ItemLanded(name, item, rows, trust=Trust.BORROWED),))
 
     def _take(self, output: StepOutput) -> None:
         super()._take(output)
@@ -279,7 +280,7 @@ class Played(Turns):
             item = used.items[0]
             if self._random.random() < 0.2:
                 rows = self._cases[used.request_id].rows[item]
-                again = ItemLanded(used.request_id, item, rows, borrowed=True)
+                again = ItemLanded(used.request_id, item, rows, trust=Trust.BORROWED)
                 self._late.append((Lapsed(used.request_id, item), again))
             else:
                 self._late.append((Proven(used.request_id, used.serial),))

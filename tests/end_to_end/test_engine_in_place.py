@@ -1,8 +1,9 @@
-"""Rows that the engine reads in another process's memory: nothing is told before they are proven,
-and rows that were wrong leave no trace in the answer."""
+"""Rows that may not be right, in another process's memory or copied from there: nothing is told
+before they are proven, and rows that were wrong leave no trace in the answer."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from random import Random
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from tests.end_to_end.engine_driver import Case, Driver, Family
-from triptych.engine.messages import Cancel, ItemLanded, Lapsed, Proven, Used
+from triptych.engine.messages import Cancel, ItemLanded, Lapsed, Proven, Used, Vouched
+from triptych.engine.sequence import Trust
 
 torch.set_num_threads(1)
 
@@ -34,7 +36,7 @@ def driver(family: Family) -> Iterator[Driver]:
 def lend(driver: Driver, images: Case, item: int, *, wrong: bool = False) -> None:
     rows = images.rows[item]
     rows = torch.full_like(rows, 3.0) if wrong else rows
-    driver.engine.submit(ItemLanded("images", item, rows, borrowed=True))
+    driver.engine.submit(ItemLanded("images", item, rows, trust=Trust.BORROWED))
 
 
 def asked(driver: Driver) -> list[Used]:
@@ -140,6 +142,26 @@ def test_any_order_of_answers_and_lapses(driver: Driver, images: Case, seed: int
     expected = images.answer[:1] if seed % 2 else images.answer
     assert driver.answer("images") == expected
     assert sorted(driver.consumed) == [("images", item) for item in range(3)]
+
+
+def test_a_copy_is_asked_about_until_it_is_vouched_for(driver: Driver, images: Case) -> None:
+    driver.engine.submit(images.request())
+    for item in (2, 1, 0):  # in the order of the prompt: nothing is read before the first is there
+        driver.engine.submit(ItemLanded("images", item, images.rows[item], Trust.COMING))
+        if item > 0:
+            driver.engine.submit(Vouched("images", item))
+    driver.until(lambda: bool(asked(driver)))
+    time.sleep(0.2)  # for all other steps
+    assert driver.tokens == [] and driver.consumed == []
+    proven = 0
+    while not driver.ended("images"):
+        for used in asked(driver)[proven:]:
+            proven += 1
+            prove(driver, used)
+        driver._take(driver._outputs.get(timeout=20))
+    assert {item for used in asked(driver) for item in used.items} == {0}
+    assert driver.answer("images") == images.answer
+    assert driver.consumed == [("images", item) for item in range(3)]
 
 
 def test_what_is_withheld_ends_with_its_request(driver: Driver, images: Case) -> None:

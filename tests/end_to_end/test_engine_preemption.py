@@ -12,6 +12,7 @@ from tests.end_to_end.engine_driver import Case, Driver, Family
 from tests.families import EVERY
 from tests.unit.test_flash_attention import _small_workspace, plain
 from triptych.engine.messages import Cancel, ItemLanded, Lapsed, Proven, Reserve, Used
+from triptych.engine.sequence import Trust
 from triptych.request import Sampling, TokenEvent
 
 torch.set_num_threads(1)
@@ -154,7 +155,7 @@ def test_borrowed_rows_that_lapse_meanwhile(qwen: Family, images: Case, seed: in
             wrong_left[key] -= wrong
             lent[key] = wrong
             rows = torch.full_like(images.rows[item], 3.0) if wrong else images.rows[item]
-            driver.engine.submit(ItemLanded(name, item, rows, borrowed=True))
+            driver.engine.submit(ItemLanded(name, item, rows, trust=Trust.BORROWED))
 
         for i in range(3):
             driver.engine.submit(images.request(LONG, name=str(i)))

@@ -13,6 +13,7 @@ from tests.end_to_end.engine_driver import GREEDY, Case, Driver, Family
 from tests.end_to_end.test_engine_preemption import assert_same, preemptions
 from tests.families import CORE
 from triptych.engine.messages import AddRequest, Cancel, ItemLanded, Lapsed, Proven, Used
+from triptych.engine.sequence import Trust
 from triptych.request import Sampling, TokenEvent
 
 torch.set_num_threads(1)
@@ -172,7 +173,7 @@ def test_rows_that_are_not_proven_are_found_by_nobody(driver: Driver, images: Ca
     driver.engine.submit(images.request(name="one"))
     for item, rows in enumerate(images.rows):
         wrong = torch.full_like(rows, 3.0) if item == 0 else rows
-        driver.engine.submit(ItemLanded("one", item, wrong, borrowed=True))
+        driver.engine.submit(ItemLanded("one", item, wrong, trust=Trust.BORROWED))
     last_row = max(
         i for i, t in enumerate(images.token_ids) if t == driver.engine.model.image_token_id
     )
@@ -184,7 +185,7 @@ def test_rows_that_are_not_proven_are_found_by_nobody(driver: Driver, images: Ca
     assert driver.answer("two") == images.answer
     asked += questions()
     driver.engine.submit(Lapsed("one", 0))
-    driver.engine.submit(ItemLanded("one", 0, images.rows[0], borrowed=True))
+    driver.engine.submit(ItemLanded("one", 0, images.rows[0], trust=Trust.BORROWED))
     for used in asked:
         driver.engine.submit(Proven("one", used.serial))  # of before
     while not driver.ended("one"):
@@ -205,7 +206,9 @@ def test_rows_that_land_for_nothing_are_given_back(driver: Driver, images: Case)
     driver.finish("one")
     driver.engine.submit(images.request(name="two"))
     for item, rows in enumerate(images.rows):
-        driver.engine.submit(ItemLanded("two", item, rows, borrowed=item == 1))
+        driver.engine.submit(
+            ItemLanded("two", item, rows, trust=Trust.BORROWED if item == 1 else Trust.PROVEN)
+        )
     driver.finish("two")
     driver.until(lambda: len([c for c in driver.consumed if c[0] == "two"]) == 3)
     assert driver.answer("two") == images.answer

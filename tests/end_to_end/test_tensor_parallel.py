@@ -16,6 +16,7 @@ from tests.end_to_end.ranked import RankedFamily
 from tests.end_to_end.test_engine_preemption import preemptions, small
 from triptych.demo.tiny import FAMILIES
 from triptych.engine.messages import Cancel, ItemLanded, Lapsed, Proven
+from triptych.engine.sequence import Trust
 from triptych.errors import TransferFailed
 from triptych.request import Sampling
 
@@ -132,7 +133,7 @@ def test_late_wrong_and_cancelled_images(
         driver.engine.submit(case.request())
         driver.engine.submit(ItemLanded(case.name, 2, case.rows[2]))
         wrong = torch.full_like(case.rows[0], 3.0)
-        driver.engine.submit(ItemLanded(case.name, 0, wrong, borrowed=True))
+        driver.engine.submit(ItemLanded(case.name, 0, wrong, trust=Trust.BORROWED))
         driver.until(lambda: any(output.used for output in driver.outputs))
         driver.engine.submit(Lapsed(case.name, 0))
         driver.engine.submit(ItemLanded(case.name, 0, case.rows[0]))
@@ -180,7 +181,7 @@ def test_borrowed_rows_count_once_they_are_proven(family: RankedFamily, cases: l
     case = cases[1]
     with family.lead() as driver:
         driver.engine.submit(case.request())
-        driver.engine.submit(ItemLanded(case.name, 0, case.rows[0], borrowed=True))
+        driver.engine.submit(ItemLanded(case.name, 0, case.rows[0], trust=Trust.BORROWED))
         driver.until(lambda: any(output.used for output in driver.outputs))
         assert driver.answer(case.name) == []
         for output in driver.outputs:

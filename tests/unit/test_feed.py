@@ -12,12 +12,11 @@ import torch
 
 from triptych import wire
 from triptych.config import Timeouts
-from triptych.engine.messages import Cramped, ItemLanded
+from triptych.engine.messages import Cramped, ItemLanded, Proven, Used, Vouched
 from triptych.errors import SlotGone, TransferFailed, TriptychError
 from triptych.refs import EmbeddingRef
 from triptych.request import ItemMeta
 from triptych.stage.feed import EmbeddingFeed
-from triptych.transfer.consumer import Pulled
 from triptych.transfer.pool import Pool
 
 PAGE = 4096
@@ -29,11 +28,30 @@ def item(slot: int) -> wire.PrefillItem:
     return wire.PrefillItem(META, ref)
 
 
+class Copy:
+    """One that is proven when it is told to be."""
+
+    transport, read_s = "http", 0.0
+
+    def __init__(self) -> None:
+        self.known: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.released = False
+
+    async def validate(self) -> None:
+        await asyncio.shield(self.known)
+
+    def release(self) -> None:
+        self.released = True
+        if not self.known.done():
+            self.known.set_exception(TransferFailed("given back before it was proven"))
+
+
 class Encoder:
     """A consumer whose pulls end when they are told to."""
 
     def __init__(self) -> None:
         self.pulls: dict[tuple[str, int], asyncio.Future[None]] = {}
+        self.copies: dict[tuple[str, int], Copy] = {}
         self.declined: list[tuple[str, int]] = []
 
     def in_place(self, owner: str) -> bool:
@@ -42,11 +60,12 @@ class Encoder:
     async def opens_in_place(self, owner: str, timeout_s: float) -> bool:
         return False
 
-    async def pull(self, ref: EmbeddingRef, request_id: str, **_: Any) -> Pulled:
+    async def fetch(self, ref: EmbeddingRef, request_id: str, *_: Any) -> Copy:
         future = asyncio.get_running_loop().create_future()
         self.pulls[request_id, ref.slot] = future
         await future
-        return Pulled("http", ref.nbytes, 0.0)
+        self.copies[request_id, ref.slot] = copy = Copy()
+        return copy
 
     async def decline(self, ref: EmbeddingRef, request_id: str, timeout_s: float) -> None:
         self.declined.append((request_id, ref.slot))
@@ -61,9 +80,15 @@ class Engine:
     def __init__(self) -> None:
         self.landed: list[tuple[str, int]] = []
         self.cramped: list[str] = []
+        self.vouched: list[tuple[str, int]] = []
+        self.proven: list[int] = []
 
-    def submit(self, message: ItemLanded | Cramped) -> None:
+    def submit(self, message: ItemLanded | Cramped | Vouched | Proven) -> None:
         match message:
+            case Vouched():
+                self.vouched.append((message.request_id, message.item))
+            case Proven():
+                self.proven.append(message.serial)
             case ItemLanded():
                 self.landed.append((message.request_id, message.item))
             case Cramped():
@@ -247,6 +272,79 @@ async def test_a_pull_that_ends_as_it_is_withdrawn_lands_once() -> None:
         r.feed.end("a")
         r.feed.consumed("a", 0)
         assert r.pool.used_nbytes == 0
+
+
+async def test_rows_land_before_they_are_proven() -> None:
+    async with rig(2) as r:
+        r.feed.start("a", [item(0), item(1)])
+        r.feed.wanted([("a", 0), ("a", 1)])
+        await r.settle()
+        for index in (0, 1):
+            await r.pull("a", index)
+        assert r.engine.landed == [("a", 0), ("a", 1)] and r.engine.vouched == []
+        r.feed.used(Used("a", 7, (0, 1)))  # a step was quicker than the answer
+        r.encoder.copies["a", 1].known.set_result(None)
+        await r.settle()
+        assert r.engine.vouched == [("a", 1)] and r.engine.proven == []
+        r.encoder.copies["a", 0].known.set_result(None)
+        await r.settle()
+        assert r.engine.vouched == [("a", 1), ("a", 0)] and r.engine.proven == [7]
+        r.feed.end("a")
+        for index in (0, 1):
+            r.feed.consumed("a", index)
+        assert r.pool.used_nbytes == 0 and r.failed == {}
+
+
+async def test_rows_that_were_not_right_end_their_request() -> None:
+    async with rig(2) as r:
+        r.feed.start("a", [item(0), item(1)])
+        r.feed.wanted([("a", 1)])
+        await r.settle()
+        await r.pull("a", 1)
+        r.feed.used(Used("a", 1, (1,)))
+        r.encoder.copies["a", 1].known.set_exception(TransferFailed("the lease expired"))
+        await r.settle()
+        failure = r.failed["a"]
+        assert isinstance(failure, TransferFailed) and failure.item == 1
+        assert r.engine.vouched == [] and r.engine.proven == []
+        assert r.pool.used_nbytes == PAGE, "the engine may be reading them"
+        r.feed.end("a")
+        r.feed.consumed("a", 1)
+        assert r.pool.used_nbytes == 0
+
+
+async def test_what_is_given_back_unproven_is_asked_for_again() -> None:
+    async with rig(1) as r:
+        r.feed.start("a", [item(0)])
+        r.feed.wanted([("a", 0)])
+        await r.settle()
+        await r.pull("a", 0)
+        r.feed.consumed("a", 0)
+        r.feed.withdrawn(["a"])
+        r.feed.wanted([("a", 0)])
+        await r.settle()
+        assert r.encoder.copies["a", 0].released and r.failed == {} and r.engine.vouched == []
+        await r.pull("a", 0)
+        r.encoder.copies["a", 0].known.set_result(None)
+        await r.settle()
+        assert r.engine.landed == [("a", 0)] * 2 and r.engine.vouched == [("a", 0)]
+        r.feed.end("a")
+        r.feed.consumed("a", 0)
+
+
+async def test_a_withdrawal_leaves_the_answer_of_what_has_landed_alone() -> None:
+    """Its rows may be in use already."""
+    async with rig(2) as r:
+        r.feed.start("a", [item(0), item(1)])
+        r.feed.wanted([("a", 0), ("a", 1)])
+        await r.settle()
+        await r.pull("a", 0)
+        r.feed.withdrawn(["a"])
+        r.encoder.copies["a", 0].known.set_result(None)
+        await r.settle()
+        assert r.engine.vouched == [("a", 0)] and r.failed == {}
+        r.feed.end("a")
+        r.feed.consumed("a", 0)
 
 
 async def test_what_is_needless_is_declined_once_unless_it_was_claimed() -> None:

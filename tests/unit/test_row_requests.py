@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.unit.test_scheduler import prompt, run, scheduler
 from triptych.engine.prefix import BlockNames
-from triptych.engine.sequence import Item, ItemSpan, Phase, Rows, Sequence
+from triptych.engine.sequence import Item, ItemSpan, Phase, Rows, Sequence, Trust
 from triptych.engine.work import Schedule
 
 
@@ -34,7 +34,7 @@ def test_rows_are_given_back_and_asked_for_again() -> None:
     for sequence in (old, young, ahead):
         owner.add(sequence)
     land(owner.schedule())
-    ahead.items[0].borrowed = True
+    ahead.items[0].trust = Trust.BORROWED
     ahead.items[2].where = Rows.ASKED  # on its way
     while not (step := owner.schedule()).preempted:
         run(step, owner)

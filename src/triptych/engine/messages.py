@@ -1,8 +1,8 @@
 """What goes into the engine and what comes out. The engine thread and its owner share nothing else.
 
-In: a language worker sends ``AddRequest`` and ``ItemLanded`` (and, for rows that it borrowed,
-``Proven`` or ``Lapsed``; ``Cramped`` where memory for rows is short); a prefill worker the same
-with ``keep_kv``; a decode worker ``Reserve`` and ``StartDecode``; all of them
+In: a language worker sends ``AddRequest`` and ``ItemLanded`` (and, for rows that may not be
+right, ``Vouched``, ``Proven`` or ``Lapsed``; ``Cramped`` where memory for rows is short); a prefill
+worker the same with ``keep_kv``; a decode worker ``Reserve`` and ``StartDecode``; all of them
 ``Cancel``. A message for a request that the engine does not know is ignored: it may have been
 cancelled a moment ago. Out: one ``StepOutput`` for everything that one turn of the loop brought.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from triptych.engine.sequence import ItemSpan
+from triptych.engine.sequence import ItemSpan, Trust
 from triptych.errors import TriptychError
 from triptych.request import Sampling, Span, TokenEvent
 
@@ -47,17 +47,26 @@ class ItemLanded:
     item: int
     rows: Tensor
     """(planes, rows, width), on any device."""
-    borrowed: bool = False
-    """They are another process's memory: what is computed from them is withheld until ``Proven``
-    says that they were right when they were read (``StepOutput.used`` asks for it)."""
+    trust: Trust = Trust.PROVEN
+    """What is computed from rows that are not ``PROVEN`` is withheld until ``Proven`` says that
+    they were right when they were read (``StepOutput.used`` asks for it)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Proven:
-    """The borrowed rows of ``Used`` number ``serial`` were valid when they were used."""
+    """The rows of ``Used`` number ``serial`` were valid when they were used."""
 
     request_id: str
     serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Vouched:
+    """The image's rows, which landed as ``COMING``, are right: steps that end from now on need not
+    ask. For each that landed so this comes, or the request is cancelled."""
+
+    request_id: str
+    item: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +116,9 @@ class Cancel:
     request_id: str
 
 
-Message = AddRequest | ItemLanded | Proven | Lapsed | Cramped | Reserve | StartDecode | Cancel
+Message = (
+    AddRequest | ItemLanded | Vouched | Proven | Lapsed | Cramped | Reserve | StartDecode | Cancel
+)
 
 # ------------------------------------------------------------------ out
 
@@ -143,7 +154,7 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """A step has read borrowed rows; its results wait for ``Proven`` or ``Lapsed``."""
+    """A step has read rows that may not be right; its results wait for ``Proven`` or ``Lapsed``."""
 
     request_id: str
     serial: int

@@ -21,6 +21,7 @@ from triptych.engine.messages import (
     StartDecode,
     StepOutput,
     Used,
+    Vouched,
 )
 from triptych.engine.outbox import Outbox, Result
 from triptych.engine.runner import Runner
@@ -69,6 +70,9 @@ class Requests:
                     self._publish(result)
             case Lapsed():
                 self._roll_back(message)
+            case Vouched():
+                if (sequence := self.sequences.get(message.request_id)) is not None:
+                    sequence.vouch(message.item)
             case Cramped():
                 self._scheduler.cramped(message.request_id)
             case Reserve():
@@ -114,7 +118,7 @@ class Requests:
 
     def _land(self, message: ItemLanded) -> None:
         sequence = self.sequences.get(message.request_id)
-        if sequence is None or not sequence.land(message.item, borrowed=message.borrowed):
+        if sequence is None or not sequence.land(message.item, message.trust):
             self._out.consumed.append((message.request_id, message.item))
         else:
             self._runner.land(message.request_id, message.item, message.rows)
@@ -176,7 +180,7 @@ class Requests:
         """Publish the result, or keep it until the rows it follows from are proven right."""
         work, request_id = result.work, result.work.sequence.request_id
         work.sequence.computed = work.stop
-        items = () if work.is_decode else work.sequence.borrowed_between(work.start, work.stop)
+        items = () if work.is_decode else work.sequence.doubtful_between(work.start, work.stop)
         if items or self.withheld.waits(request_id):
             serial = self.withheld.hold(request_id, result, items)
             if items:

@@ -44,6 +44,14 @@ class Rows(enum.Enum):
     USED = "its KV exists: it was given back"
 
 
+class Trust(enum.Enum):
+    """What is known of an item's rows that landed."""
+
+    PROVEN = "they are right"
+    COMING = "they were read under a lease of which word is on its way"
+    BORROWED = "they are in their producer's memory: its owner is asked after each use"
+
+
 @dataclass(frozen=True, slots=True)
 class ItemSpan:
     """An image or a video as the prompt sees it."""
@@ -70,8 +78,7 @@ class Item:
     stop: int
     rows: int
     where: Rows = Rows.AWAY
-    borrowed: bool = False
-    """Its rows are in their producer's memory."""
+    trust: Trust = Trust.PROVEN
 
     @property
     def settled(self) -> bool:
@@ -154,16 +161,23 @@ class Sequence:
             if item.where is Rows.USED:
                 item.where = Rows.AWAY
 
-    def land(self, index: int, *, borrowed: bool) -> bool:
+    def land(self, index: int, trust: Trust) -> bool:
         """An image's rows are here; False if they are not wanted (any more)."""
         if not 0 <= index < len(self.items):
             return False
         item = self.items[index]
         assert item.where is not Rows.LANDED, "an image lands once"
-        if item.where is Rows.USED or (item.where is Rows.RETURNED and not borrowed):
+        lent = trust is Trust.BORROWED
+        if item.where is Rows.USED or (item.where is Rows.RETURNED and not lent):
             return False
-        item.where, item.borrowed = Rows.LANDED, borrowed
+        item.where, item.trust = Rows.LANDED, trust
         return True
+
+    def vouch(self, index: int) -> None:
+        """What was read of the image is known to be right."""
+        item = self.items[index]
+        if item.where is Rows.LANDED and item.trust is Trust.COMING:
+            item.trust = Trust.PROVEN
 
     def give_back(self) -> list[int]:
         """The images whose rows are here; they, and those that are still to come, are let go
@@ -171,7 +185,7 @@ class Sequence:
         self.foreseen = -1
         here = []
         for index, item in enumerate(self.items):
-            if item.where is Rows.LANDED and not item.borrowed:
+            if item.where is Rows.LANDED and item.trust is not Trust.BORROWED:
                 here.append(index)
                 item.where = Rows.RETURNED
             elif item.where is Rows.ASKED:
@@ -192,12 +206,12 @@ class Sequence:
         """``stop``, or the start of the run that a chunk up to there would cut."""
         return next((first for first, last in self.runs if first < stop < last), stop)
 
-    def borrowed_between(self, start: int, stop: int) -> tuple[int, ...]:
-        """Images whose borrowed rows stand between these positions."""
+    def doubtful_between(self, start: int, stop: int) -> tuple[int, ...]:
+        """Images between these positions whose rows are not known to be, or to have been, right."""
         return tuple(
             index
             for index, item in enumerate(self.items)
-            if item.borrowed and item.start < stop and start < item.stop
+            if item.trust is not Trust.PROVEN and item.start < stop and start < item.stop
         )
 
     @property

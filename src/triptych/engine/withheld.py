@@ -1,8 +1,9 @@
 """Results that nobody may see yet: the rows they come from have not been proven right.
 
-Rows that are used in place belong to another process. Once a step has read them their owner is
-asked whether the lease covered the read; until it says so, that step's results and those of all
-later steps of the same request, which follow from them, are kept here. No torch, no I/O.
+Rows that are used in place belong to another process: once a step has read them their owner is
+asked whether the lease covered the read. Rows that were copied from one are used before it has
+answered the same question about the copy. Until the answer is there, a step's results and those of
+all later steps of the same request, which follow from them, are kept here. No torch, no I/O.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ R = TypeVar("R")
 class _Entry(Generic[R]):
     result: R
     serial: int
-    """Of the question to the owner; 0: it read no borrowed rows itself."""
+    """Of the question to the owner; 0: it read no doubtful rows itself."""
     items: tuple[int, ...]
     proven: bool
 

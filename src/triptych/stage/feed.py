@@ -4,13 +4,12 @@ Where the encoder's memory can be mapped, the engine reads the rows in place; af
 did, their owner is asked whether they were right, and what was computed from them counts only
 then. Rows that were not are borrowed again and computed again. Otherwise, for each image: room in
 the landing area, then a pull from its encoder, then the rows go to the engine as a view of the
-landing area. The engine says when it has used (or dropped) them, and loan or room are given back.
-Room is taken in the order in which the engine asks, which is that in which it computes, so that
-nobody waits for room that is held by somebody who waits for him. A request that waits for room
-while nobody but itself has any is *cramped*: the engine is told, since it would wait for its last
-image in vain before it uses the first. Rows that were given back may be asked for again: they are
-claimed once more, and if their encoder has let go of them the request ends with SlotGone, upon
-which the router has them encoded again.
+landing area. They go at once, while the encoder is still asked whether its lease covered the read;
+what comes of them counts once it did, and if not the request ends, to be tried again by the router.
+The engine says when it has used (or dropped) rows, and loan or room are given back. Room is taken
+in the order in which the engine asks, which is that in which it computes. Rows that were given back
+may be asked for again: they are claimed once more, and if their encoder has let go of them the
+request ends with SlotGone, upon which the router has them encoded again.
 """
 
 from __future__ import annotations
@@ -21,19 +20,21 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from triptych import wire
 from triptych.config import Timeouts
 from triptych.engine.loop import Engine
-from triptych.engine.messages import Cramped, ItemLanded, Lapsed, Proven, Used
+from triptych.engine.messages import Cramped, ItemLanded, Lapsed, Proven, Used, Vouched
+from triptych.engine.sequence import Trust
 from triptych.errors import PeerRefused, TransferFailed, TriptychError
 from triptych.request import Span
+from triptych.stage.landing import LandingRoom
 from triptych.transfer.consumer import Consumer
 from triptych.transfer.pool import Extent, Pool
-from triptych.transfer.pull import Loan
+from triptych.transfer.pull import Copy, Loan
 from triptych.transfer.region import BaseRegion
 
 logger = logging.getLogger(__name__)
@@ -69,14 +70,15 @@ class _Request:
     """All that is under way for it."""
 
 
-@dataclass(frozen=True)
-class _Borrowed:
-    """Rows in their encoder's memory that the engine holds."""
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """Rows that the engine holds."""
 
-    loan: Loan
-    item: wire.PrefillItem
-    lapses: int
-    """How often they have had to be borrowed again."""
+    loan: Loan | Copy
+    coming: _Coming
+    """As it was brought."""
+    extent: Extent | None = None
+    """Of the landing area; None: they are in their encoder's memory."""
 
 
 class EmbeddingFeed:
@@ -95,23 +97,17 @@ class EmbeddingFeed:
     ) -> None:
         self._consumer = consumer
         self._region = region
-        self._landing = landing
+        self._room = LandingRoom(
+            landing, timeouts.pool, lambda request_id: engine.submit(Cramped(request_id))
+        )
         self._engine = engine
         self._timeouts = timeouts
         self._on_failed = on_failed
         self._on_spans = on_spans
-        self._turn = asyncio.Lock()
-        """Held by the request that takes room. Whoever holds room was asked for before whoever
-        waits for it."""
-        self._waiting = ""
-        """The request that took, or takes, room last."""
-        self._rooms: dict[Extent, str] = {}
-        """All of the landing area that is taken, by request."""
         self._requests: dict[str, _Request] = {}
         self._declines: set[asyncio.Task[None]] = set()
-        self._extents: dict[tuple[str, int], Extent] = {}
-        """Landed rows that the engine holds, by (request id, image)."""
-        self._borrowed: dict[tuple[str, int], _Borrowed] = {}
+        self._held: dict[tuple[str, int], _Held] = {}
+        """By (request id, image)."""
 
     def check(self, items: Sequence[wire.PrefillItem]) -> None:
         """Raises PeerRefused when an item's rows do not fit this worker's model."""
@@ -172,7 +168,7 @@ class EmbeddingFeed:
                 task.add_done_callback(self._declines.discard)
 
     def used(self, used: Used) -> None:
-        """The engine has read borrowed rows: ask their owners whether they were right."""
+        """The engine has read rows that may not have been right: hear what their owners say."""
         if used.request_id in self._requests:
             self._run(used.request_id, self._prove(used))
 
@@ -187,10 +183,10 @@ class EmbeddingFeed:
 
     def consumed(self, request_id: str, item: int) -> None:
         """The engine will not touch these rows again."""
-        if extent := self._extents.pop((request_id, item), None):
-            self._free(extent)
-        if borrowed := self._borrowed.pop((request_id, item), None):
-            borrowed.loan.release()
+        if held := self._held.pop((request_id, item), None):
+            if held.extent is not None:
+                self._room.free(held.extent)
+            held.loan.release()
 
     async def close(self) -> None:
         tasks = [task for request in self._requests.values() for task in request.tasks]
@@ -201,8 +197,7 @@ class EmbeddingFeed:
 
     def _has(self, request_id: str, request: _Request, index: int) -> bool:
         """The engine has it, or will."""
-        key = (request_id, index)
-        return index in request.coming or key in self._extents or key in self._borrowed
+        return index in request.coming or (request_id, index) in self._held
 
     def _run(self, request_id: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """As a task that ends with the request."""
@@ -217,10 +212,11 @@ class EmbeddingFeed:
     async def _bring_all(self, request: _Request, wanted: Sequence[_Coming]) -> None:
         room: dict[int, Extent] = {}
         try:
-            async with asyncio.TaskGroup() as pulls, self._turn:
+            async with asyncio.TaskGroup() as pulls, self._room.turn:
                 for coming in wanted:
                     if not self._consumer.in_place(coming.item.ref.owner):
-                        room[coming.index] = await self._room(coming)
+                        nbytes = coming.item.meta.nbytes
+                        room[coming.index] = await self._room.take(coming.request_id, nbytes)
                     pulls.create_task(self._bring(request, coming, room))
         except* TriptychError as group:
             self._on_failed(wanted[0].request_id, first_error(group))
@@ -228,32 +224,7 @@ class EmbeddingFeed:
             # What is left was cancelled; a pull that is cancelled ends when nothing can be
             # written to its destination any more.
             for extent in room.values():
-                self._free(extent)
-
-    async def _room(self, coming: _Coming) -> Extent:
-        """Whoever calls it has the turn. Raises Overloaded and PromptTooLong."""
-        nbytes = coming.item.meta.nbytes
-        self._waiting = coming.request_id
-        extent = self._landing.try_allocate(nbytes)
-        if extent is None:
-            self._see_who_is_cramped()
-            extent = await self._landing.allocate(nbytes, self._timeouts.pool)
-        self._rooms[extent] = coming.request_id
-        return extent
-
-    def _free(self, extent: Extent, quarantine_s: float = 0.0) -> None:
-        """Idempotent."""
-        self._rooms.pop(extent, None)
-        if quarantine_s > 0:
-            self._landing.quarantine(extent, quarantine_s)
-        else:
-            self._landing.free(extent)
-        if self._landing.is_waited_for:
-            self._see_who_is_cramped()
-
-    def _see_who_is_cramped(self) -> None:
-        if all(owner == self._waiting for owner in self._rooms.values()):
-            self._engine.submit(Cramped(self._waiting))
+                self._room.free(extent)
 
     async def _bring(self, request: _Request, coming: _Coming, room: dict[int, Extent]) -> None:
         """Where nobody had spoken to the encoder yet, room was taken that may not be needed."""
@@ -261,7 +232,7 @@ class EmbeddingFeed:
         try:
             if await self._consumer.opens_in_place(owner, self._timeouts.embedding):
                 if index in room:
-                    self._free(room.pop(index))
+                    self._room.free(room.pop(index))
                 await self._borrow(request, coming)
             elif index in room:
                 await self._copy(request, coming, room)
@@ -277,25 +248,36 @@ class EmbeddingFeed:
         asked = time.time()
         offset = room[index].offset
         try:
-            pulled = await self._consumer.pull(
-                item.ref,
-                request_id,
-                place=lambda first, pieces: [offset],
-                landed=lambda first, count, ready: None,
-                timeout_s=self._timeouts.embedding,
+            copy = await self._consumer.fetch(
+                item.ref, request_id, offset, self._timeouts.embedding
             )
         except TriptychError as exc:
             wait = exc.quarantine_s if isinstance(exc, TransferFailed) else 0.0
-            self._free(room.pop(index), wait)
+            self._room.free(room.pop(index), wait)
             raise
         if request.coming.get(index) is not coming:
+            copy.release()
             return
         del request.coming[index]
         rows = self._region.tensor(offset, item.meta.shape, getattr(torch, item.meta.dtype))
-        self._extents[request_id, index] = room.pop(index)
-        self._engine.submit(ItemLanded(request_id, index, rows))
-        now = time.time()
-        self._report(request_id, index, asked, now - pulled.read_s, pulled.nbytes, pulled.transport)
+        held = self._held[request_id, index] = _Held(copy, coming, room.pop(index))
+        self._engine.submit(ItemLanded(request_id, index, rows, Trust.COMING))
+        self._run(request_id, self._vouch(held, copy))
+        ready = time.time() - copy.read_s
+        self._report(request_id, index, asked, ready, item.meta.nbytes, copy.transport)
+
+    async def _vouch(self, held: _Held, copy: Copy) -> None:
+        """Rows that were copied are right, or their request ends."""
+        request_id, index = held.coming.request_id, held.coming.index
+        try:
+            await copy.validate()
+        except TriptychError as exc:
+            if self._held.get((request_id, index)) is held:
+                exc.item = index if exc.item is None else exc.item
+                self._on_failed(request_id, exc)
+        else:
+            if self._held.get((request_id, index)) is held:
+                self._engine.submit(Vouched(request_id, index))
 
     def _report(
         self,
@@ -336,44 +318,44 @@ class EmbeddingFeed:
             return
         del request.coming[index]
         ready = time.time()
-        self._borrowed[request_id, index] = _Borrowed(loan, item, coming.lapses)
+        self._held[request_id, index] = _Held(loan, coming)
         rows = loan.memory.view(getattr(torch, item.meta.dtype)).view(item.meta.shape)
-        self._engine.submit(ItemLanded(request_id, index, rows, borrowed=True))
+        self._engine.submit(ItemLanded(request_id, index, rows, Trust.BORROWED))
         self._report(request_id, index, asked, ready, item.meta.nbytes, loan.transport)
 
     async def _prove(self, used: Used) -> None:
         request_id = used.request_id
         known = [
-            (index, self._borrowed[request_id, index])
+            (index, self._held[request_id, index])
             for index in used.items
-            if (request_id, index) in self._borrowed
+            if (request_id, index) in self._held
         ]
         if len(known) < len(used.items):
             return  # one has lapsed, and with it this step, or the request has ended
         answers = await asyncio.gather(
-            *(borrowed.loan.validate() for _, borrowed in known), return_exceptions=True
+            *(held.loan.validate() for _, held in known), return_exceptions=True
         )
         failed = False
-        for (index, borrowed), answer in zip(known, answers, strict=True):
+        for (_, held), answer in zip(known, answers, strict=True):
             if isinstance(answer, TriptychError):
                 failed = True
-                self._lapsed(request_id, index, borrowed, answer)
+                if held.extent is None:  # else it ends with its request (``_vouch``)
+                    self._lapsed(held, answer)
             elif answer is not None:
                 raise answer
         if not failed:
             self._engine.submit(Proven(request_id, used.serial))
 
-    def _lapsed(
-        self, request_id: str, index: int, borrowed: _Borrowed, error: TriptychError
-    ) -> None:
+    def _lapsed(self, held: _Held, error: TriptychError) -> None:
         """Rows were used that may not have been theirs any more: borrow them once more."""
+        request_id, index = held.coming.request_id, held.coming.index
         request = self._requests.get(request_id)
-        if request is None or self._borrowed.get((request_id, index)) is not borrowed:
+        if request is None or self._held.get((request_id, index)) is not held:
             return  # another step has found out already, or the request has ended
-        del self._borrowed[request_id, index]
-        borrowed.loan.release()
+        del self._held[request_id, index]
+        held.loan.release()
         logger.warning("image %d of %s is computed again: %s", index + 1, request_id, error.message)
-        coming = _Coming(request_id, index, borrowed.item, borrowed.lapses + 1)
+        coming = replace(held.coming, lapses=held.coming.lapses + 1)
         request.coming[index] = coming
         self._engine.submit(Lapsed(request_id, index))
         self._run(request_id, self._borrow_again(request, coming, error))

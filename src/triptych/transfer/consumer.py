@@ -20,7 +20,7 @@ from triptych.refs import AnyRef, EmbeddingRef
 from triptych.states import PullEvent, PullState
 from triptych.transfer.channel import Channel, OnLost, OnMessage
 from triptych.transfer.mover import Mover
-from triptych.transfer.pull import Loan, Pull
+from triptych.transfer.pull import Copy, Loan, Pull
 from triptych.transfer.region import BaseRegion
 from triptych.transfer.transports.base import Link, Peer, Read, Transport, probe
 
@@ -143,15 +143,10 @@ class Consumer:
         producer = await self._producer(ref.owner, deadline)
         pull = self._claim(producer, ref, request_id)
         try:
-            await pull.until(lambda: bool(pull.ready), deadline, "the embedding")
-            ready = pull.ready.popleft()
-            pull.check(ready)
+            piece = await _whole(pull, deadline)
             memory = producer.link.memory
             if memory is None:
                 raise TransferFailed(f"the memory of {ref.owner} cannot be used in place")
-            if not ready.last or len(ready.pieces) != 1:
-                raise TransferFailed(f"slot {ref.slot} came in {len(ready.pieces)} pieces")
-            piece = ready.pieces[0]
             if piece.offset < 0 or piece.offset + piece.nbytes > len(memory):
                 raise TransferFailed(f"{piece} is outside the peer's {len(memory)} bytes")
             pull.step(PullEvent.MAP)
@@ -168,6 +163,34 @@ class Consumer:
             producer.forget,
             self._timeouts.rpc,
         )
+
+    async def fetch(
+        self, ref: EmbeddingRef, request_id: str, offset: int, timeout_s: float
+    ) -> Copy:
+        """Claim ``ref``, wait until it is ready, and read it to ``offset`` of our region. Whether
+        it was valid when it was read is asked, but not waited for.
+
+        Raises as ``pull``, which waits.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        producer = await self._producer(ref.owner, deadline)
+        pull = self._claim(producer, ref, request_id)
+        try:
+            piece = await _whole(pull, deadline)
+            reads = [Read(piece.offset, offset, piece.nbytes)]
+            answer_by = await self._read(producer, pull, reads, deadline)
+        except TransferFailed as exc:
+            if exc.quarantine_s:
+                pull.step(PullEvent.UNSAFE)
+            raise
+        finally:
+            if pull.state is not PullState.VALIDATING:
+                if pull.state is not PullState.QUARANTINED:
+                    pull.step(PullEvent.FAIL)
+                producer.forget(pull.claim)
+                producer.channel.send(wire.Release(pull.claim))
+        send, forget = producer.channel.send, producer.forget
+        return Copy(pull, producer.kind, send, forget, answer_by)
 
     async def decline(self, ref: AnyRef, request_id: str, timeout_s: float) -> None:
         """The request does not need what ``ref`` names: take its lease over and let it end.
@@ -213,14 +236,9 @@ class Consumer:
             Read(piece.offset, offset, piece.nbytes)
             for piece, offset in zip(ready.pieces, offsets, strict=True)
         ]
-        loop = asyncio.get_running_loop()
-        timeout_s = min(self._timeouts.transfer, deadline - loop.time())
-        pull.step(PullEvent.READY)
-        pull.read_s += await producer.mover.run(partial(_read, producer.link, reads), timeout_s)
-        pull.step(PullEvent.READ)
+        answer_by = await self._read(producer, pull, reads, deadline)
         count = len(ready.pieces)
         producer.channel.send(wire.Validate(pull.claim, ready.first, count))
-        answer_by = min(deadline, loop.time() + self._timeouts.rpc)
         await pull.until(lambda: bool(pull.valid), answer_by, "validation")
         answer = pull.valid.popleft()
         if answer != wire.Valid(pull.claim, ready.first, count):
@@ -228,6 +246,17 @@ class Consumer:
         pull.step(PullEvent.VALID)
         pull.count += count
         pull.nbytes += sum(piece.nbytes for piece in ready.pieces)
+
+    async def _read(
+        self, producer: _Producer, pull: Pull, reads: Sequence[Read], deadline: float
+    ) -> float:
+        """Until when the producer may take to say that it was valid (of the loop's clock)."""
+        loop = asyncio.get_running_loop()
+        timeout_s = min(self._timeouts.transfer, deadline - loop.time())
+        pull.step(PullEvent.READY)
+        pull.read_s += await producer.mover.run(partial(_read, producer.link, reads), timeout_s)
+        pull.step(PullEvent.READ)
+        return min(deadline, loop.time() + self._timeouts.rpc)
 
     # ------------------------------------------------------------------ producers
 
@@ -336,6 +365,16 @@ class Consumer:
         producer.mover.close()
         assert isinstance(channel.peer, wire.Welcome)
         transport_links.labels(producer.kind, channel.peer.role).dec()
+
+
+async def _whole(pull: Pull, deadline: float) -> wire.Piece:
+    """Where an embedding is, once it is ready. Raises TransferFailed if it is not in one piece."""
+    await pull.until(lambda: bool(pull.ready), deadline, "the embedding")
+    ready = pull.ready.popleft()
+    pull.check(ready)
+    if not ready.last or len(ready.pieces) != 1:
+        raise TransferFailed(f"slot {pull.ref.slot} came in {len(ready.pieces)} pieces")
+    return ready.pieces[0]
 
 
 def _read(link: Link, reads: Sequence[Read], left: float) -> float:

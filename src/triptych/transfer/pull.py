@@ -1,6 +1,7 @@
 """One claim of a consumer: what the producer said of it, and how far it is.
 
-``Loan`` is the claim of an embedding that is used where its producer has it.
+``Loan`` is the claim of an embedding that is used where its producer has it, ``Copy`` of one that
+was read into this process's memory.
 """
 
 from __future__ import annotations
@@ -132,3 +133,60 @@ class Loan:
             self._pull.step(PullEvent.RELEASE)
             self._forget(self._pull.claim)
             self._send(wire.Release(self._pull.claim))
+
+
+class Copy:
+    """An embedding that has been read, and whose producer has been asked whether the lease covered
+    that. Made by ``Consumer.fetch``. Used from the event loop's thread.
+
+    Whatever is computed from it counts only after ``validate``. Unlike a loan's, its rows cannot
+    change any more, so that one answer is about every use.
+    """
+
+    def __init__(
+        self,
+        pull: Pull,
+        transport: str,
+        send: Callable[[wire.Message], None],
+        forget: Callable[[int], object],
+        answer_by: float,
+    ) -> None:
+        self.transport = transport
+        self.read_s = pull.read_s
+        """Seconds of reading alone, without waiting for the producer."""
+        self._pull = pull
+        self._send = send
+        self._forget = forget
+        self._answer_by = answer_by
+        send(wire.Validate(pull.claim, 0, 1))
+
+    async def validate(self) -> None:
+        """Return once the producer has said that the lease lived when the read had ended; the
+        lease ends then. May be called any number of times.
+
+        Raises as ``Loan.validate``.
+        """
+        pull = self._pull
+        try:
+            await pull.until(lambda: self._is_known, self._answer_by, "validation")
+        finally:
+            self.release()
+        if pull.state is not PullState.DONE:
+            raise TransferFailed(f"slot {pull.ref.slot} was given back before it was proven")
+
+    @property
+    def _is_known(self) -> bool:
+        return self._pull.n_valid > 0 or self._pull.state is not PullState.VALIDATING
+
+    def release(self) -> None:
+        """Give it back. Idempotent. One that is not proven yet will not be."""
+        pull = self._pull
+        if pull.state is PullState.VALIDATING:
+            if pull.n_valid > 0 and pull.error is None:
+                pull.step(PullEvent.VALID)
+                pull.step(PullEvent.LAST)
+            else:
+                pull.step(PullEvent.FAIL)
+            pull.changed.set()
+            self._forget(pull.claim)
+            self._send(wire.Release(pull.claim))
