@@ -77,6 +77,50 @@ def test_a_long_prompt_is_cut_into_chunks_and_shares_steps_with_decodes() -> Non
     ]
 
 
+def chunks(owner: Scheduler, name: str) -> list[int]:
+    """Sizes of the prompt's, once all is done."""
+    found = []
+    while owner.running or owner.queue:
+        step = owner.schedule()
+        found += [
+            work.stop - work.start
+            for work in step.work
+            if work.sequence.request_id == name and not work.is_decode
+        ]
+        run(step, owner)
+    return found
+
+
+def test_the_last_chunks_of_a_prompt_that_is_alone_are_of_one_size() -> None:
+    owner = scheduler(chunk=16)
+    owner.add(prompt("a", 40))
+    assert chunks(owner, "a") == [16, 12, 12]  # multiples of a block
+    owner.add(prompt("a", 18))
+    assert chunks(owner, "a") == [12, 6]
+    owner.add(prompt("a", 16))
+    assert chunks(owner, "a") == [16]
+
+
+def test_chunks_are_full_while_others_wait_or_more_is_to_come() -> None:
+    owner = scheduler(chunk=16)
+    owner.add(prompt("a", 18))
+    owner.add(prompt("b", 18))
+    assert shown(owner.schedule()) == [("a", 0, 16)]
+    owner = scheduler(chunk=16)
+    images = prompt("c", 30, items=(Item(24, 26, 2),))
+    owner.add(images)
+    step = owner.schedule()
+    assert shown(step) == [("c", 0, 16)]
+    run(step, owner)
+    images.items[0].where = Rows.LANDED
+    assert shown(owner.schedule()) == [("c", 16, 30)]
+    owner = Scheduler(BlockManager(100, 4), 16, 4, longest_run=14)
+    whole = prompt("d", 18)
+    whole.runs = ((2, 16),)  # would be cut by a chunk of half
+    owner.add(whole)
+    assert shown(owner.schedule()) == [("d", 0, 16)]
+
+
 def test_short_prompts_have_half_of_a_step_and_the_oldest_the_rest() -> None:
     owner = scheduler(chunk=10, sequences=9)
     owner.add(prompt("long", 40))

@@ -20,15 +20,15 @@ before anything that is still queued, and is given that of one that can be preem
 A step takes one token of every decoding sequence, then chunks of prompts, in order of arrival and
 up to their first row that has not landed. Half of the tokens for prompts go first to those that
 they end, the shortest before the others: a few words do not wait for the images of all who came
-before, and the oldest prompt has the other half. ``overlap`` says what becomes of prompts some of
-whose images have not landed. "always": they are like others. "off": they wait in the queue, where
-others pass them, but for a *cramped* one: its images do not fit where they land all at once, so
-that it is like others. "adaptive": prompts that are complete go first, into places and into steps;
-the others fill what would be idle otherwise, where they have enough to be worth it, take blocks
-from nobody and give theirs up first, and hold half of the cache at most while others run. One that
-has been passed by a certain amount of work counts as complete, so that it is not passed forever: it
-may be cramped. There are never more running sequences than tokens in a step: decodes leave room for
-a prompt.
+before, and the oldest prompt has the other half. The last chunks of one that is alone are of one
+size. ``overlap`` says what becomes of prompts some of whose images have not landed. "always": they
+are like others. "off": they wait in the queue, where others pass them, but for a *cramped* one: its
+images do not fit where they land all at once, so that it is like others. "adaptive": prompts that
+are complete go first, into places and into steps; the others fill what would be idle otherwise,
+where they have enough to be worth it, take blocks from nobody and give theirs up first, and hold
+half of the cache at most while others run. One that has been passed by a certain amount of work
+counts as complete, so that it is not passed forever: it may be cramped. There are never more
+running sequences than tokens in a step: decodes leave room for a prompt.
 
 A run, rows that a model computes as a whole, is never cut by a chunk: a chunk ends before a run
 that does not fit, and decodes leave room for the longest one.
@@ -45,7 +45,7 @@ from typing import Literal
 from triptych.engine.block_manager import BlockManager
 from triptych.engine.row_requests import RowRequests
 from triptych.engine.sequence import Phase, Reservation, Sequence
-from triptych.engine.work import Schedule, Work
+from triptych.engine.work import Schedule, Work, evenly
 from triptych.errors import PromptTooLong
 
 Overlap = Literal["adaptive", "off", "always"]
@@ -58,11 +58,6 @@ a chunk of their own makes a step longer; fewer are computed together with those
 PATIENCE = 64
 """Full steps of others by which an incomplete prompt may be passed."""
 _by_order = attrgetter("order")
-
-
-def _left(sequence: Sequence) -> int:
-    """Tokens of its prompt that are still to be computed."""
-    return sequence.n_prompt - sequence.computed
 
 
 class Scheduler:
@@ -315,8 +310,8 @@ class Scheduler:
         share = min(budget // 2, budget - self.longest_run)
         found = []
         prompts = [s for s in first if s.phase is Phase.PREFILL and s.ready_until == s.n_prompt]
-        for sequence in sorted(prompts, key=_left):
-            share -= _left(sequence)
+        for sequence in sorted(prompts, key=attrgetter("left")):
+            share -= sequence.left
             if share < 0:
                 break
             found.append(sequence)
@@ -339,12 +334,20 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, budget: int, chunks: list[Work], *, preempts: bool) -> int:
         """Tokens of the chunk that was added, 0 if there is none."""
         start = sequence.computed
+        if self._ends_alone(sequence):
+            budget = evenly(sequence.left, budget, self.blocks.block_size)
         stop = sequence.uncut(min(sequence.ready_until, start + budget))
         if stop > start:
             stop = sequence.uncut(self._reach(sequence, stop, preempts=preempts))
         if stop > start:
             chunks.append(Work(sequence, start, stop))
         return max(0, stop - start)
+
+    def _ends_alone(self, sequence: Sequence) -> bool:
+        """Nobody else's prompt is computed, and of its own all that is left can be."""
+        if sequence.runs or sequence.ready_until < sequence.n_prompt:
+            return False
+        return sum(s.phase is Phase.PREFILL for s in self.running) == 1
 
     def _reach(self, sequence: Sequence, stop: int, *, preempts: bool) -> int:
         """Take blocks up to token ``stop``, from younger ones too if it ``preempts``; the token

@@ -193,6 +193,11 @@ class Sequence:
         return here
 
     @property
+    def left(self) -> int:
+        """Tokens of its prompt that are still to be computed."""
+        return self.n_prompt - self.computed
+
+    @property
     def complete(self) -> bool:
         """Every image has landed, or will most likely not be needed."""
         return all(item.settled or item.stop <= self.foreseen for item in self.items)

@@ -43,3 +43,14 @@ class Schedule:
     """Reservations that now have their blocks."""
     work: tuple[Work, ...]
     """Decodes first, then prompt chunks."""
+
+
+def evenly(n_tokens: int, budget: int, unit: int) -> int:
+    """Tokens of the next of as few chunks as there must be of ``n_tokens``, each of about the same
+    size. A small one at the end would take as long to launch as the others, and the device would
+    wait. ``unit``: sizes are multiples of it, but for the last chunk's and that of ``budget``."""
+    if not 0 < budget < n_tokens:
+        return budget
+    count = -(-n_tokens // budget)
+    each = -(-n_tokens // count)
+    return min(budget, -(-each // unit) * unit)
