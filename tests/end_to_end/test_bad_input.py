@@ -103,7 +103,7 @@ def in_use(cluster: Cluster) -> dict[str, int]:
             held["encoder leases"] = held.get("encoder leases", 0) + count
         elif isinstance(service, PrefillService):
             held["prefill slots"] = len(service._slots)
-            held["landing bytes"] = service.host.feed._landing.used_nbytes
+            held["landing bytes"] = service.host.feed._room._pool.used_nbytes
             held["prefill blocks"] = blocks_in_use(service)
         elif isinstance(service, DecodeService):
             held["reservations"] = len(service._requests)

@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLConfig
 from triptych.config import EngineConfig, ModelConfig
 from triptych.engine.attention import Part
 from triptych.engine.backends import Compute, compile_layers, open_attention
-from triptych.engine.flash_attention import MixedStep
+from triptych.engine.flash_steps import MixedStep
 from triptych.engine.kv_cache import KVCache, KVShape
 from triptych.engine.runner import Prompt
 from triptych.engine.selftest import selftest

@@ -6,7 +6,7 @@ from __future__ import annotations
 import queue
 import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import pytest
@@ -47,10 +47,15 @@ def requests(samplings: tuple[Sampling, ...]) -> list[AddRequest]:
 
 
 def answers(
-    model: LanguageModel, run_ahead: str, asked: list[AddRequest]
+    model: LanguageModel, run_ahead: str, asked: list[AddRequest], chunk_tokens: int = 64
 ) -> dict[str, list[TokenEvent]]:
     outputs: queue.SimpleQueue[StepOutput] = queue.SimpleQueue()
-    config = EngineConfig(kv_mib=16, chunk_tokens=64, max_sequences=8, run_ahead=run_ahead)  # type: ignore[arg-type]
+    config = EngineConfig(
+        kv_mib=16,
+        chunk_tokens=chunk_tokens,
+        max_sequences=8,
+        run_ahead=run_ahead,  # type: ignore[arg-type]
+    )
     engine = Engine(model, None, config, outputs.put)
     for message in asked:  # before it starts: the same prompts meet in the same steps
         engine.submit(message)
@@ -78,6 +83,36 @@ def test_the_answers_are_the_same(model: LanguageModel) -> None:
         for mine, theirs in zip(got, expected, strict=True):
             assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-3)
             assert [top.token for top in mine.top] == [top.token for top in theirs.top]
+
+
+@pytest.mark.parametrize("chunk_tokens", [64, 1200])
+def test_chunks_are_launched_before_the_last_one_is_read(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, chunk_tokens: int
+) -> None:
+    """A long prompt alone, and one beside decodes. Large chunks attend to keys and values in one
+    piece on Hopper."""
+    n_ahead: Counter[str] = Counter()
+    launch = Runner.launch
+
+    def noted(runner: Runner, work: tuple[Work, ...], after: Launched | None = None) -> Launched:
+        if after is not None and not work[-1].is_decode:
+            n_ahead["beside decodes" if len(work) > 1 else "alone"] += 1
+        return launch(runner, work, after)
+
+    monkeypatch.setattr(Runner, "launch", noted)
+    generator = torch.Generator().manual_seed(2)
+    sizes = (4 * chunk_tokens + 17, 9, 5 * chunk_tokens + 3)
+    greedy = Sampling(max_tokens=60, temperature=0, logprobs=2)
+    prompts = [torch.randint(10, 900, (n,), generator=generator).tolist() for n in sizes]
+    asked = [AddRequest(f"r{i}", tuple(ids), (), greedy) for i, ids in enumerate(prompts)]
+    for kind, which in (("alone", asked[:1]), ("beside decodes", asked[1:])):
+        n_ahead.clear()
+        ahead, after = (answers(model, each, which, chunk_tokens) for each in ("auto", "off"))
+        assert n_ahead[kind] >= 2
+        for name, expected in after.items():
+            assert [e.token for e in ahead[name]] == [e.token for e in expected]
+            for mine, theirs in zip(ahead[name], expected, strict=True):
+                assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-3)
 
 
 def test_answers_that_stop_leave_nothing_behind(model: LanguageModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from random import Random
 
@@ -10,7 +11,7 @@ import pytest
 from tests.unit.test_scheduler import prompt, run, scheduler, shown
 from triptych.engine.ahead import follow
 from triptych.engine.scheduler import PATIENCE, Scheduler
-from triptych.engine.sequence import Item, Phase, Reservation, Rows, Sequence
+from triptych.engine.sequence import Item, Phase, Reservation, Rows, Sequence, Trust
 from triptych.engine.work import Schedule, Work
 
 
@@ -50,16 +51,106 @@ def test_it_has_blocks_for_what_it_computes() -> None:
     assert behind and behind.work[0].stop == 20
 
 
-def test_nothing_behind_a_prompt() -> None:
+def test_nothing_behind_the_end_of_a_prompt() -> None:
     owner = scheduler()
     owner.add(prompt("a", 3))
     assert ahead(owner, owner.schedule()) == []
     step = decoding(owner, prompt("b", 3))
     assert ahead(owner, step) != []
-    owner.add(prompt("c", 30))
+    owner.add(prompt("c", 3))
     run(step, owner)
     step = owner.schedule()
     assert [work.is_decode for work in step.work] == [True, True, False]
+    assert ahead(owner, step) == []
+
+
+def test_a_prompt_among_decodes_goes_on_with_them() -> None:
+    owner = scheduler(chunk=16)
+    step = decoding(owner, prompt("a", 3, answer=9), prompt("b", 5, answer=3))
+    owner.add(prompt("c", 40))
+    run(step, owner)
+    step = owner.schedule()
+    assert shown(step) == [("a", 4, 5), ("b", 6, 7), ("c", 0, 14)]
+    behind = follow(step.work, owner)
+    assert behind and shown(behind) == [("a", 5, 6), ("c", 14, 29)]
+    assert [w.ahead for w in behind.work] == [1, 0]
+    run(step, owner)
+    assert shown(owner.schedule()) == shown(behind)
+
+
+def test_the_oldest_prompt_goes_on_if_it_has_the_whole_step() -> None:
+    owner = scheduler(chunk=16)
+    owner.add(prompt("a", 40))
+    owner.add(prompt("b", 40))
+    step = owner.schedule()
+    assert shown(step) == [("a", 0, 16)] and ahead(owner, step) == [("a", 16, 32)]
+    run(step, owner)
+    step = owner.schedule()
+    assert ahead(owner, step) == [], "the rest of the step is the other's"
+    run(step, owner)
+    owner.add(prompt("c", 6))
+    step = owner.schedule()
+    assert shown(step) == [("c", 0, 6), ("a", 32, 40), ("b", 0, 2)]
+    assert ahead(owner, step) == []
+
+
+def test_the_next_chunk_of_a_prompt_that_is_computed_alone() -> None:
+    owner = scheduler(chunk=8)
+    a = prompt("a", 20, items=(Item(14, 16, 2),))
+    owner.add(a)
+    step = owner.schedule()
+    assert shown(step) == [("a", 0, 8)]
+    behind = follow(step.work, owner)
+    assert behind and shown(behind) == [("a", 8, 14)] and behind.work[0].ahead == 0
+    run(step, owner)
+    assert ahead(owner, behind) == [], "the next row has not landed"
+    a.items[0].where = Rows.LANDED
+    last = follow(behind.work, owner)
+    assert last and shown(last) == [("a", 14, 20)]
+    run(behind, owner)
+    assert ahead(owner, last) == [], "its token is not known"
+
+
+def test_its_last_chunks_are_of_one_size_too() -> None:
+    owner = scheduler(chunk=16)
+    owner.add(prompt("a", 40))
+    step = owner.schedule()
+    assert shown(step) == [("a", 0, 16)] and ahead(owner, step) == [("a", 16, 28)]
+
+
+def test_a_chunk_waits_for_whoever_has_come() -> None:
+    owner = scheduler(chunk=8, sequences=2)
+    owner.add(prompt("a", 30))
+    step = owner.schedule()
+    assert ahead(owner, step) == [("a", 8, 16)]
+    owner.add(prompt("b", 3))
+    assert ahead(owner, step) == [], "it is let in"
+    run(step, owner)
+    assert ahead(owner, owner.schedule()) == [], "both are computed"
+
+
+@pytest.mark.parametrize("trust", Trust)
+def test_no_chunk_behind_rows_that_may_be_taken_back(trust: Trust) -> None:
+    owner = scheduler(chunk=8)
+    owner.add(prompt("a", 30, items=(Item(2, 4, 2, Rows.LANDED, trust),)))
+    assert (ahead(owner, owner.schedule()) == []) == (trust is Trust.BORROWED)
+
+
+def test_no_chunk_of_a_prompt_that_has_ended() -> None:
+    owner = scheduler(chunk=8)
+    a = prompt("a", 30)
+    owner.add(a)
+    step = owner.schedule()
+    a.become(Phase.ENDED)
+    owner.end("a")
+    assert ahead(owner, step) == []
+
+
+def test_a_chunk_takes_blocks_from_nobody() -> None:
+    owner = scheduler(n_blocks=8, chunk=8)
+    owner.add(prompt("a", 20, keep_kv=True))
+    step = owner.schedule()
+    owner.blocks.grow("somebody", 6 * 4 - 3)
     assert ahead(owner, step) == []
 
 
@@ -255,3 +346,33 @@ def test_every_token_is_computed_once_in_its_own_blocks(seed: int) -> None:
         finish(step, owner, random)
     assert n_ahead and all(each.phase is Phase.ENDED for each in alive.values())
     assert owner.blocks.n_free == owner.blocks.n_blocks
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_computed_ahead_is_what_would_be_scheduled(seed: int) -> None:
+    """Where every answer goes on: prompts, some of whose images come late, among decodes."""
+    random = Random(seed)
+    kinds: Counter[str] = Counter()
+    for _ in range(25):
+        owner = scheduler(
+            n_blocks=random.choice([30, 200]), chunk=random.choice([8, 16, 24]), sequences=6
+        )
+        for turn in range(150):
+            if turn < 100 and random.random() < 0.15:
+                items = (Item(4, 8, 4),) if random.random() < 0.3 else ()
+                n = random.choice([9, 12, 60])
+                owner.add(prompt(f"r{turn}", n, answer=random.randint(1, 20), items=items))
+            for entry in (*owner.running, *owner.queue):
+                assert isinstance(entry, Sequence)
+                for item in entry.items:
+                    if item.where is not Rows.USED and random.random() < 0.2:
+                        item.where = Rows.LANDED
+            step = owner.schedule()
+            behind = follow(*copy.deepcopy((step.work, owner)))
+            run(step, owner)
+            if behind is not None:
+                assert shown(behind) == shown(copy.deepcopy(owner).schedule())
+                n_chunks = sum(not work.is_decode for work in behind.work)
+                both = 0 < n_chunks < len(behind.work)
+                kinds["both" if both else "chunk" if n_chunks else "decodes"] += 1
+    assert min(kinds[kind] for kind in ("both", "chunk", "decodes")) > 20

@@ -13,9 +13,10 @@ from torch.fx import GraphModule
 from tests import plain_kernels
 from tests.end_to_end.engine_driver import Case, Driver, Family
 from triptych.config import EngineConfig
-from triptych.engine import backends, flash_attention
+from triptych.engine import backends, flash_attention, flash_steps
 from triptych.engine.attention import Part, SdpaAttention, paged_attention
-from triptych.engine.flash_attention import CONTEXT, DecodeStep, FlashAttention
+from triptych.engine.flash_attention import CONTEXT, FlashAttention
+from triptych.engine.flash_steps import DecodeStep
 from triptych.engine.kv_cache import KVCache, KVShape
 from triptych.errors import ConfigError
 from triptych.models.compiled import compile_blocks
@@ -98,14 +99,14 @@ def test_a_mixed_step(
 
 
 def test_a_long_context_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash_attention, "LONGEST_COPY", 16)
+    monkeypatch.setattr(flash_steps, "LONGEST_COPY", 16)
     subject = flash(cache(), dense=7)
     parts = [Part(1, 3, 17), Part(5, 3, 16), Part(3, 0, 6)]
     for part in parts:
         subject.place(part.place, range(-(-part.stop // SIZE)), part.stop)
     subject.plan(parts, 0)
     step = subject._step
-    assert isinstance(step, flash_attention.MixedStep)
+    assert isinstance(step, flash_steps.MixedStep)
     assert [chunk.part for chunk in step._large] == [parts[1]] and step._small == [*parts[::2]]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.end_to_end.engine_driver import Case, Driver, Family
 from tests.unit.test_flash_attention import _small_workspace, plain
 from triptych.engine import graphs
-from triptych.engine.flash_attention import DecodeStep
+from triptych.engine.flash_steps import DecodeStep
 from triptych.engine.graphs import DecodeGraphs
 from triptych.models.language import LanguageModel
 from triptych.request import Sampling, TokenEvent

@@ -18,6 +18,7 @@ from torch.nn import Module
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from triptych.engine.copies import Mark
 from triptych.engine.kv_cache import KVCache
 from triptych.engine.sequence import Run
 from triptych.errors import UnsupportedModel
@@ -114,6 +115,10 @@ class Context(Protocol):
 class Attention(Protocol):
     """How attention over the paged cache is computed. Owns the block tables."""
 
+    @property
+    def nearly(self) -> Mark | None:
+        """A point shortly before the end of the last forward, where it can be told."""
+
     def place(self, place: int, blocks: Seq[int], computed: int) -> None:
         """A sequence has these blocks from now on; those behind ``computed`` tokens are new."""
 
@@ -164,6 +169,9 @@ class StepContext:
 
 class SdpaAttention:
     """``places``: most sequences with a table; ``max_blocks``: most blocks of a sequence."""
+
+    nearly: Mark | None = None
+    """See ``Attention``."""
 
     def __init__(self, kv: KVCache, places: int, max_blocks: int) -> None:
         self._kv = kv

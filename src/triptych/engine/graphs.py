@@ -11,7 +11,8 @@ from torch import Tensor
 
 from triptych.engine.attention import Part
 from triptych.engine.copies import locked
-from triptych.engine.flash_attention import CONTEXT, DecodeStep, FlashAttention
+from triptych.engine.flash_attention import CONTEXT, FlashAttention
+from triptych.engine.flash_steps import DecodeStep
 from triptych.models.language import LanguageModel
 from triptych.models.stream import URGENT
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from triptych.config import MIB, EngineConfig
-from triptych.engine.ahead import follow
+from triptych.engine.ahead import follow, goes_on
 from triptych.engine.backends import Compute, longest
 from triptych.engine.block_manager import BlockManager
 from triptych.engine.intake import Intake
@@ -25,7 +25,7 @@ from triptych.engine.requests import Requests
 from triptych.engine.runner import Launched
 from triptych.engine.scheduler import Scheduler
 from triptych.engine.sequence import Phase
-from triptych.engine.work import Work
+from triptych.engine.work import Schedule, Work
 from triptych.errors import TriptychError, WorkerLost
 from triptych.models.compiled import first_forwards
 from triptych.models.language import LanguageModel
@@ -75,7 +75,8 @@ class Engine:
         intake = Intake(model, max_tokens, named_blocks)
         self._requests = Requests(intake, self._scheduler, self._runner, config.block_size)
         self._launched: Launched | None = None
-        """A step that computes while messages are taken: decodes, launched ahead."""
+        """A step that computes while messages are taken: it was launched ahead."""
+        self._ends = False
         self.usage = self._scheduler.usage()
         """After the last turn; replaced as a whole, so that any thread may read it."""
         self._closed = False
@@ -127,7 +128,7 @@ class Engine:
             work = schedule.work
         step, self._launched = self._launched or self._launch(work), None
         if step is not None:
-            behind = follow(step.work, self._scheduler) if self._compute.runs_ahead else None
+            behind = self._behind(step) if self._compute.runs_ahead else None
             if behind is not None:
                 self._requests.rearrange(behind)
                 self._launched = self._launch(behind.work, step)
@@ -136,6 +137,14 @@ class Engine:
         self.usage = self._scheduler.usage()
         self._flush()
         return step is not None or bool(work)
+
+    def _behind(self, step: Launched) -> Schedule | None:
+        """What can be computed next before the step has been read."""
+        if step.nearly is not None and goes_on(step.work):
+            step.nearly.wait()
+            if not self._take_messages(wait=False):  # whoever has come by now goes first
+                return None
+        return follow(step.work, self._scheduler)
 
     def _warm_up(self) -> bool:
         # Here and not in the main thread: compiled code is valid for the settings of its thread.
@@ -156,14 +165,15 @@ class Engine:
 
         False when the engine is to end. An idle engine waits without an end: ``close`` wakes it.
         """
-        while wait or not self._inbox.empty():
+        while not self._ends and (wait or not self._inbox.empty()):
             message = self._inbox.get()
             if message is None:
-                return False
+                self._ends = True
+                break
             with self._ending_on_failure((message.request_id,)):
                 self._requests.apply(message)
             wait = False
-        return True
+        return not self._ends
 
     def _launch(self, work: tuple[Work, ...], after: Launched | None = None) -> Launched | None:
         """None if there is no work, or it failed. ``after``: as for ``Runner.launch``."""

@@ -8,7 +8,7 @@ import torch
 
 from triptych.config import MIB, EngineConfig
 from triptych.engine.backends import Compute, choose, longest
-from triptych.engine.flash_attention import LONGEST_COPY
+from triptych.engine.flash_steps import LONGEST_COPY
 from triptych.engine.kv_cache import KVShape
 from triptych.errors import ConfigError
 from triptych.models.language import LanguageModel

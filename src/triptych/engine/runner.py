@@ -129,6 +129,8 @@ class Launched:
     samples: Samples | None
     """None: nothing samples."""
     mark: Mark
+    nearly: Mark | None
+    """Shortly before its end, where that can be told."""
 
     def ids(self, decodes: Seq[Work]) -> Tensor:
         """(decodes,) int64: the tokens that it samples for these sequences, on the device."""
@@ -214,8 +216,8 @@ class Runner:
     def launch(self, work: tuple[Work, ...], after: Launched | None = None) -> Launched:
         """One forward, of which nothing need be computed when this returns.
 
-        ``work``: decodes first. ``after``: the step that samples the ids of these, which are all
-        decodes; None: they are known.
+        ``work``: decodes first. ``after``: the step that samples the ids of these; None: they are
+        known.
         """
         started = time.time()
         logits = self.logits(work, after)
@@ -227,7 +229,7 @@ class Runner:
                 if w.samples
             ]
             samples = sample(logits, draws)
-        return Launched(work, started, samples, Mark(self._device))
+        return Launched(work, started, samples, Mark(self._device), self._attention.nearly)
 
     def read(self, step: Launched) -> list[Sampled]:
         """Wait for the step, but not for what was launched behind it: its keys and values are

@@ -158,12 +158,27 @@ class Scheduler:
         rows = self._rows.ask(self.running, self.queue, self._find)
         return Schedule(preempted, rows, begun, granted, work)
 
+    def goes_first(self, entry: Sequence | Reservation) -> bool:
+        """It is complete, or like one that is."""
+        if isinstance(entry, Reservation) or self.overlap == "always" or entry.complete:
+            return True
+        if self.overlap == "off":
+            return entry.cramped
+        return entry.passed >= PATIENCE * self.chunk_tokens
+
     def computes(self, sequence: Sequence, n_decodes: int) -> bool:
         """Would a step with so many decodes compute something of this running one, given room?"""
         if sequence.phase is Phase.DECODE:
             return True
         ready = sequence.uncut(sequence.ready_until) - sequence.computed
-        return ready > 0 and (self._goes_first(sequence) or ready >= WORTH * n_decodes)
+        return ready > 0 and (self.goes_first(sequence) or ready >= WORTH * n_decodes)
+
+    def reaches(self, sequence: Sequence, start: int, budget: int) -> int:
+        """Where a chunk of its prompt from ``start`` ends, of ``budget`` tokens at most."""
+        complete = sequence.ready_until == sequence.n_prompt and not sequence.runs
+        if complete and sum(s.phase is Phase.PREFILL for s in self.running) == 1:
+            budget = evenly(sequence.n_prompt - start, budget, self.blocks.block_size)
+        return sequence.uncut(min(sequence.ready_until, start + budget))
 
     def admits(self) -> bool:
         """Would ``schedule`` let in one of those who wait?"""
@@ -172,8 +187,8 @@ class Scheduler:
         return self._next() is not None
 
     def extend(self, work: tuple[Work, ...]) -> Schedule | None:
-        """A step of these decodes, and of nothing else, with blocks that are free; None if there
-        are not enough."""
+        """A step of these, and of nothing else, with blocks that are free; None if there are not
+        enough."""
         if not all(self._reach(w.sequence, w.stop, preempts=False) >= w.stop for w in work):
             return None
         self._pass_by(work)
@@ -205,23 +220,16 @@ class Scheduler:
     def _next(self) -> Sequence | Reservation | None:
         """Who comes next from the queue, if there is room."""
         for entry in self.queue:
-            if self._goes_first(entry):
+            if self.goes_first(entry):
                 return entry if self._has_room(entry) else None
         if not self.queue or self.overlap != "adaptive":
             return None
         entry = self.queue[0]
         return entry if self._may_fill(entry) and self._has_room(entry) else None
 
-    def _goes_first(self, entry: Sequence | Reservation) -> bool:
-        if isinstance(entry, Reservation) or self.overlap == "always" or entry.complete:
-            return True
-        if self.overlap == "off":
-            return entry.cramped
-        return entry.passed >= PATIENCE * self.chunk_tokens
-
     def _may_fill(self, entry: Sequence | Reservation) -> bool:
         """Would it, with its like, leave half of the cache to the others, if there are any?"""
-        fill = [sequence for sequence in self.running if not self._goes_first(sequence)]
+        fill = [sequence for sequence in self.running if not self.goes_first(sequence)]
         if len(fill) == len(self.running):
             return True
         blocks = sum(len(e.blocks) + self._needs(e) for e in (*fill, entry))
@@ -281,9 +289,9 @@ class Scheduler:
         decodes: list[Work] = []
         chunks: list[Work] = []
         budget = self.chunk_tokens - sum(s.phase is Phase.DECODE for s in self.running)
-        first = [s for s in self.running if s.phase is Phase.DECODE or self._goes_first(s)]
+        first = [s for s in self.running if s.phase is Phase.DECODE or self.goes_first(s)]
         fill = [s for s in self.running if s not in first] if self.overlap == "adaptive" else []
-        for sequence in self._short(first, budget):
+        for sequence in self.short(first, budget):
             budget -= self._chunk(sequence, budget, chunks, preempts=False)
         chunked = [work.sequence for work in chunks]
         for sequence in (s for s in first if s not in chunked):
@@ -304,7 +312,7 @@ class Scheduler:
         self._pass_by(work)
         return work
 
-    def _short(self, first: list[Sequence], budget: int) -> list[Sequence]:
+    def short(self, first: list[Sequence], budget: int) -> list[Sequence]:
         """Prompts that half of the step's tokens end, the shortest first. What is left is enough
         for any run, so that the oldest goes on in every step."""
         share = min(budget // 2, budget - self.longest_run)
@@ -324,7 +332,7 @@ class Scheduler:
             for entry in (*self.running, *self.queue)
             if isinstance(entry, Sequence)
             and entry.phase is not Phase.DECODE
-            and not self._goes_first(entry)
+            and not self.goes_first(entry)
         ]
         if waiting:
             n_tokens = sum(w.stop - w.start for w in work if w.sequence not in waiting)
@@ -334,20 +342,12 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, budget: int, chunks: list[Work], *, preempts: bool) -> int:
         """Tokens of the chunk that was added, 0 if there is none."""
         start = sequence.computed
-        if self._ends_alone(sequence):
-            budget = evenly(sequence.left, budget, self.blocks.block_size)
-        stop = sequence.uncut(min(sequence.ready_until, start + budget))
+        stop = self.reaches(sequence, start, budget)
         if stop > start:
             stop = sequence.uncut(self._reach(sequence, stop, preempts=preempts))
         if stop > start:
             chunks.append(Work(sequence, start, stop))
         return max(0, stop - start)
-
-    def _ends_alone(self, sequence: Sequence) -> bool:
-        """Nobody else's prompt is computed, and of its own all that is left can be."""
-        if sequence.runs or sequence.ready_until < sequence.n_prompt:
-            return False
-        return sum(s.phase is Phase.PREFILL for s in self.running) == 1
 
     def _reach(self, sequence: Sequence, stop: int, *, preempts: bool) -> int:
         """Take blocks up to token ``stop``, from younger ones too if it ``preempts``; the token
@@ -383,7 +383,7 @@ class Scheduler:
             for other in self.running
             if other is not sequence and other.blocks and not (other.keep_kv or other.reserved)
         ]
-        fill = [s for s in others if s.phase is Phase.PREFILL and not self._goes_first(s)]
+        fill = [s for s in others if s.phase is Phase.PREFILL and not self.goes_first(s)]
         younger = [other for other in others if other.order > sequence.order]
         return max(fill or younger, key=_by_order, default=None)
 

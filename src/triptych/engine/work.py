@@ -28,7 +28,7 @@ class Work:
     @property
     def ahead(self) -> int:
         """Tokens of the answer that the step before it has still to bring."""
-        return self.start - self.sequence.computed
+        return self.start - self.sequence.computed if self.is_decode else 0
 
 
 @dataclass(frozen=True, slots=True)
