@@ -126,8 +126,9 @@ class EngineConfig:
     """"flashinfer": float16 or bfloat16 on CUDA; "sdpa": torch's own, sequence by sequence; "auto":
     the first if it can be had."""
     run_ahead: Literal["auto", "on", "off"] = "auto"
-    """Launch a decode step before the tokens of the one before it have been looked at: "auto" where
-    decode steps are captured, so that the device would wait for the host."""
+    """Launch a decode step before the tokens of the one before it have been looked at, and the next
+    chunk of a prompt when the one before it is nearly over: "auto" where decode steps are captured,
+    so that the device would wait for the host."""
     selftest: bool = True
     """Compare the engine with the plain model at start and refuse a model it gets wrong."""
     tensor_parallel: int = 1
