@@ -173,8 +173,8 @@ def test_found_again(family: RankedFamily, cases: list[Case]) -> None:
             driver.add(case, name=name)
             driver.finish(name)
             assert driver.answer(name) == case.answer
-        assert driver.notes("first", "prefill")[0] == "tokens 0..24"
-        assert driver.notes("again", "prefill")[0] != "tokens 0..24"
+        assert driver.notes("first", "prefill")[0].startswith("tokens 0..")
+        assert not driver.notes("again", "prefill")[0].startswith("tokens 0..")
 
 
 def test_borrowed_rows_count_once_they_are_proven(family: RankedFamily, cases: list[Case]) -> None:
