@@ -98,6 +98,48 @@ def test_a_mixed_step(
             torch.testing.assert_close(got, attend(theirs, layer, qkv, window), atol=1e-5, rtol=0)
 
 
+def test_a_step_is_planned_when_the_last_plan_of_its_kind_has_been_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planning writes into the same page-locked memory again. A device that waits, for another
+    rank say, may not have read it yet."""
+    events: list[str] = []
+
+    class Noted:
+        made = 0
+
+        def __init__(self, device: torch.device) -> None:
+            Noted.made += 1
+            self.number = Noted.made
+            events.append(f"mark {self.number}")
+
+        def wait(self) -> None:
+            events.append(f"wait {self.number}")
+
+    monkeypatch.setattr(flash_steps, "Mark", Noted)
+    plan = plain_kernels.BatchPrefillWithPagedKVCacheWrapper.plan
+    monkeypatch.setattr(
+        plain_kernels.BatchPrefillWithPagedKVCacheWrapper,
+        "plan",
+        lambda *args, **more: (events.append("plan"), plan(*args, **more))[1],
+    )
+    subject = flash(cache())
+    subject.place(0, range(3), 12)
+    windows = (None, 3, None)
+    for start in (0, 4):
+        context = subject.plan([Part(0, start, start + 4)], 0)
+        for layer, window in enumerate(windows):
+            attend(context, layer, tokens(4), window)
+        assert isinstance(subject.nearly, Noted)
+    nearly = LAYERS - 1
+    assert subject.late_layer == nearly
+    assert events == [
+        "plan", "mark 1", "plan", "mark 2", "mark 3",
+        "wait 1", "plan", "mark 4", "wait 2", "plan", "mark 5", "mark 6",
+    ]  # fmt: skip
+    assert subject.nearly.number == 6
+
+
 def test_a_long_context_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_steps, "LONGEST_COPY", 16)
     subject = flash(cache(), dense=7)

@@ -18,7 +18,7 @@ from torch.nn import Module
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from triptych.engine.copies import Mark
+from triptych.engine.copies import Mark, to_device
 from triptych.engine.kv_cache import KVCache
 from triptych.engine.sequence import Run
 from triptych.errors import UnsupportedModel
@@ -212,7 +212,7 @@ class SdpaAttention:
             )
             for part in parts
         ]
-        own, kv_lens, places = torch.tensor(columns, device=self._kv.device).T
+        own, kv_lens, places = to_device(columns, self._kv.device).T
         slots.append(own)
         n_blocks = max(part.start for part in parts) // size + 1
         table = self._tables[:, :n_blocks].index_select(0, places)

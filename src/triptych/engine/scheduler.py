@@ -290,7 +290,9 @@ class Scheduler:
         chunks: list[Work] = []
         budget = self.chunk_tokens - sum(s.phase is Phase.DECODE for s in self.running)
         first = [s for s in self.running if s.phase is Phase.DECODE or self.goes_first(s)]
-        fill = [s for s in self.running if s not in first] if self.overlap == "adaptive" else []
+        fill: list[Sequence] = []
+        if self.overlap == "adaptive" and len(first) < len(self.running):
+            fill = [s for s in self.running if s not in first]
         for sequence in self.short(first, budget):
             budget -= self._chunk(sequence, budget, chunks, preempts=False)
         chunked = [work.sequence for work in chunks]
