@@ -7,14 +7,19 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
+import pytest
+
 from tests.transfer_rig import FAST, SECRET, Puller, Worker, hello
 from triptych import wire
 from triptych.config import Timeouts, TransportName
+from triptych.errors import TransferFailed
 from triptych.refs import AnyRef, EmbeddingRef
 from triptych.transfer.channel import Channel
 from triptych.transfer.consumer import Pulled
 from triptych.transfer.handshake import dial
 from triptych.transfer.region import PAGE
+from triptych.transfer.transports.base import Read
+from triptych.transfer.transports.shm import ShmLink
 
 NBYTES = 3 * PAGE + 5
 
@@ -64,6 +69,18 @@ class Pair:
         source = self.worker.region.view(*piece_range(piece))
         target = self.puller.region.view(self.puller.area + index * 4 * PAGE, piece.nbytes)
         assert source == target
+
+
+def break_reads(monkeypatch: pytest.MonkeyPatch, quarantine_s: float) -> None:
+    """Reads of embeddings by shared memory get stuck."""
+    read = ShmLink.read
+
+    def fail(link: ShmLink, pieces: Sequence[Read], timeout_s: float) -> None:
+        if pieces[0].nbytes == NBYTES:
+            raise TransferFailed("stuck", quarantine_s=quarantine_s)
+        read(link, pieces, timeout_s)
+
+    monkeypatch.setattr(ShmLink, "read", fail)
 
 
 def piece_range(piece: wire.Piece) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from tests.transfer_pair import LONG, NBYTES, Pair, paired, until
+from tests.transfer_pair import LONG, NBYTES, Pair, break_reads, paired, until
 from triptych import wire
 from triptych.config import TransportName
 from triptych.errors import BadMedia, TransferFailed
@@ -90,13 +90,7 @@ async def test_a_failure_and_an_end_before_it_is_ready() -> None:
 
 
 async def test_a_read_that_may_go_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(link: ShmLink, pieces: Sequence[Read], timeout_s: float) -> None:
-        if pieces[0].nbytes == NBYTES:
-            raise TransferFailed("stuck", quarantine_s=3.0)
-        read(link, pieces, timeout_s)
-
-    read = ShmLink.read
-    monkeypatch.setattr(ShmLink, "read", fail)
+    break_reads(monkeypatch, 3.0)
     async with paired("shm") as pair:
         ref, piece = pair.embed()
         pair.worker.producer.ready(ref.slot, [piece], last=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from tests.transfer_pair import LONG, NBYTES, Pair, paired, until
+from tests.transfer_pair import LONG, NBYTES, Pair, break_reads, paired, until
 from tests.transfer_rig import FAST, SECRET, Puller, Worker, hello
 from triptych.errors import (
     BadMedia,
@@ -181,13 +181,7 @@ async def test_nothing_ready_in_time() -> None:
 
 
 async def test_a_failed_read_tells_how_long_to_keep_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(link: ShmLink, pieces: Sequence[Read], timeout_s: float) -> None:
-        if pieces[0].nbytes == NBYTES:
-            raise TransferFailed("stuck", quarantine_s=3.0)
-        read(link, pieces, timeout_s)
-
-    read = ShmLink.read
-    monkeypatch.setattr(ShmLink, "read", fail)
+    break_reads(monkeypatch, 3.0)
     async with paired("shm") as pair:
         ref, piece = pair.embed()
         pair.worker.producer.ready(ref.slot, [piece], last=True)
