@@ -25,6 +25,7 @@ from triptych.engine.messages import (
     Reserve,
     StartDecode,
     StepOutput,
+    Vouched,
 )
 from triptych.engine.sequence import Trust
 from triptych.errors import ConfigError, TriptychError
@@ -185,6 +186,8 @@ class Script:
     asked: dict[str, tuple[Case, Sampling]] = field(default_factory=dict)
     handed_over: set[str] = field(default_factory=set)
     borrowed: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
+    """Whose rows land before they are vouched for."""
 
     @classmethod
     def of(cls, seed: int, cases: list[Case]) -> Script:
@@ -222,6 +225,8 @@ class Script:
                 script.handed_over.add(name)
             elif random.random() < 0.3:
                 script.borrowed.add(name)
+            elif random.random() < 0.5:
+                script.read.add(name)
         return script
 
     @property
@@ -256,6 +261,8 @@ class Played(Turns):
                     continue
                 for message in messages:
                     self.engine.submit(message)
+                    if isinstance(message, ItemLanded) and message.trust is Trust.COMING:
+                        self._late.append((Vouched(message.request_id, message.item),))
             self.turn()
             turn += 1
 
@@ -267,18 +274,19 @@ class Played(Turns):
             self.add(case, sampling, name=name)
 
     def _land(self, name: str, item: int) -> None:
-        if name not in self._script.borrowed:
+        if name not in self._script.borrowed | self._script.read:
             super()._land(name, item)
         elif (name, item) not in self._held:
             self._held.add((name, item))
             rows = self._cases[name].rows[item]
-            self._late.append((ItemLanded(name, item, rows, trust=Trust.BORROWED),))
+            trust = Trust.BORROWED if name in self._script.borrowed else Trust.COMING
+            self._late.append((ItemLanded(name, item, rows, trust),))
 
     def _take(self, output: StepOutput) -> None:
         super()._take(output)
         for used in output.used:
             item = used.items[0]
-            if self._random.random() < 0.2:
+            if used.request_id in self._script.borrowed and self._random.random() < 0.2:
                 rows = self._cases[used.request_id].rows[item]
                 again = ItemLanded(used.request_id, item, rows, trust=Trust.BORROWED)
                 self._late.append((Lapsed(used.request_id, item), again))
