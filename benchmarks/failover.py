@@ -180,10 +180,18 @@ def main() -> int:
     parser.add_argument("--every", type=float, default=3.0, help="seconds between two kills, about")
     parser.add_argument("--kinds", type=int, default=28, help="different requests")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--transport",
+        choices=("auto", "shm", "mooncake", "http"),
+        default="auto",
+        help="of all workers; by shm, which auto is here, embeddings are used where they are",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, Forks() as forks:
         model = make_tiny_model(Path(folder) / "qwen3_vl", "qwen3_vl")
-        with Deployed(forks, model, dict.fromkeys(ROLES, WORKERS), Path(folder)) as deployed:
+        transport = {role: ("--transport", options.transport) for role in ROLES}
+        counts = dict.fromkeys(ROLES, WORKERS)
+        with Deployed(forks, model, counts, Path(folder), transport) as deployed:
             outcome = asyncio.run(run(deployed, options))
             print(json.dumps(asdict(outcome), indent=1), flush=True)
     return 1 if outcome.lost or outcome.wrong or outcome.held else 0

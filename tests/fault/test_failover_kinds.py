@@ -27,8 +27,9 @@ WAIT_S = 15.0
 OPTIONS = {
     "router": ("--timeouts.worker", str(WAIT_S)),
     "prefill": ("--chunk-tokens", "64"),
-    "language": ("--chunk-tokens", "64"),
+    "language": ("--chunk-tokens", "64", "--transport", "http"),
 }
+"""Language workers read a copy of each embedding, prefill workers use it where it is."""
 
 
 def full(value: int | str) -> ParameterSet:
