@@ -83,7 +83,10 @@ class Pipe:
         Raises PipeClosed, TimeoutError.
         """
         wait = 0.0 if timeout_s is None else max(timeout_s, 0.001)  # 0 is without an end
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(wait))
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(wait))
+        except OSError as exc:  # this end was closed between two messages
+            raise PipeClosed(str(exc) or type(exc).__name__) from exc
         (length,) = _HEADER.unpack(self._exactly(_HEADER.size))
         if length > MAX_MESSAGE:
             raise PipeClosed(f"a message of {length} bytes, the limit is {MAX_MESSAGE}")

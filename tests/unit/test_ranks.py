@@ -68,6 +68,14 @@ def test_the_other_end_is_gone(ends: tuple[Pipe, Pipe]) -> None:
         ends[1].send(Word("anybody?"))
 
 
+def test_an_end_that_was_closed_here_receives_nothing(ends: tuple[Pipe, Pipe]) -> None:
+    """By another thread, between two messages of the one that receives."""
+    ends[0].close()
+    for timeout_s in (None, 1.0):
+        with pytest.raises(PipeClosed):
+            ends[0].receive(words, timeout_s)
+
+
 def test_an_end_that_takes_nothing_is_gone(ends: tuple[Pipe, Pipe]) -> None:
     with pytest.raises(PipeClosed):
         ends[0].send(Word("x" * 50_000_000))
