@@ -76,6 +76,27 @@ def test_an_end_before_a_chunk_is_nearly_over(family: Family, cases: list[Case],
             assert driver.free_blocks == driver.engine.kv.n_blocks
 
 
+def test_a_device_that_fails_meanwhile_fails_the_step_and_no_more(
+    family: Family, cases: list[Case]
+) -> None:
+    text, two = cases
+    with Turns(family, "on", chunk_tokens=16) as driver:
+
+        def broken() -> None:
+            driver.engine._runner._attention.nearly = None
+            raise RuntimeError("a device error")
+
+        driver.engine._runner._attention.nearly = Nearly(broken)
+        driver.add(two)
+        driver.turns()
+        assert "a device error" in driver.failed["two"].message
+        assert [call for call, _ in driver.calls] == ["launch", "read"]
+        driver.add(text)
+        driver.turns()
+        assert driver.answer("text") == text.answer
+        assert driver.free_blocks == driver.engine.kv.n_blocks
+
+
 def test_decodes_go_on_with_the_chunks(family: Family, cases: list[Case]) -> None:
     text, two = cases
     waits: list[int] = []

@@ -141,7 +141,8 @@ class Engine:
     def _behind(self, step: Launched) -> Schedule | None:
         """What can be computed next before the step has been read."""
         if step.nearly is not None and goes_on(step.work):
-            step.nearly.wait()
+            with self._ending_on_failure(_going(step)):
+                step.nearly.wait()
             if not self._take_messages(wait=False):  # whoever has come by now goes first
                 return None
         return follow(step.work, self._scheduler)
@@ -186,8 +187,7 @@ class Engine:
 
     def _finish(self, step: Launched) -> None:
         """Wait for the step, and hand on what it brought those that have not ended since."""
-        there = [w.sequence for w in step.work if w.sequence.phase is not Phase.ENDED]
-        with self._ending_on_failure([sequence.request_id for sequence in there]):
+        with self._ending_on_failure(_going(step)):
             sampled = iter(self._runner.read(step))
             ended = time.time()
             for w in step.work:
@@ -214,3 +214,8 @@ class Engine:
             error = failure(self.model.device, f"{type(exc).__name__}: {exc}")
             for request_id in request_ids:
                 self._requests.fail(request_id, error)
+
+
+def _going(step: Launched) -> list[str]:
+    """Ids of those in it that have not ended since it was launched."""
+    return [w.sequence.request_id for w in step.work if w.sequence.phase is not Phase.ENDED]
