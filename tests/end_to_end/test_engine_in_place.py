@@ -151,7 +151,11 @@ def test_a_copy_is_asked_about_until_it_is_vouched_for(driver: Driver, images: C
         if item > 0:
             driver.engine.submit(Vouched("images", item))
     driver.until(lambda: bool(asked(driver)))
-    time.sleep(0.2)  # for all other steps
+    sequence = driver.engine._requests.sequences["images"]
+    end = time.monotonic() + 20
+    while sequence.computed < sequence.n_prompt:  # the other steps have nothing to say
+        assert time.monotonic() < end
+        time.sleep(0.005)
     assert driver.tokens == [] and driver.consumed == []
     proven = 0
     while not driver.ended("images"):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float32}
+_NUMPY = {torch.int64: np.int64, torch.float32: np.float32}
 """By which lists become tensors three times as fast as by torch."""
 
 
@@ -24,7 +24,7 @@ def locked(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def to_device(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """``values``: numbers, as for ``torch.tensor``; ``dtype``: int64, int32 or float32."""
+    """``values``: numbers, as for ``torch.tensor``; ``dtype``: int64 or float32."""
     there = torch.from_numpy(np.array(values, _NUMPY[dtype]))
     return locked(there, device).to(device, non_blocking=True)
 

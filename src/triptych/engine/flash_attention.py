@@ -21,13 +21,16 @@ from torch.nn import Module
 
 from triptych.engine.attention import Part, Window
 from triptych.engine.copies import Mark
-from triptych.engine.flash_steps import LATE, Kind, MixedStep, Step
+from triptych.engine.flash_steps import Kind, MixedStep, Step
 from triptych.engine.kv_cache import KVCache
 
 WORKSPACE_NBYTES = 256 << 20
 """Of partial results; all plans share it, since one step runs at a time."""
 LARGE_CHUNK = 1024
 """Tokens of a chunk that is worth a copy of its keys and values in one piece."""
+LATE = 6
+"""When the last of so many parts of a mixed step's layers begins it is nearly over: what a GPU
+takes for those is about what a host takes to schedule and launch the next."""
 HEAD_DIMS = (64, 128, 256)
 """That FlashInfer has kernels for on every supported GPU."""
 

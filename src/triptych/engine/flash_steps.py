@@ -17,9 +17,6 @@ from triptych.engine.copies import Mark, locked
 if TYPE_CHECKING:
     from triptych.engine.flash_attention import FlashAttention
 
-LATE = 6
-"""When the last of so many parts of a mixed step's layers begins it is nearly over: what a GPU
-takes for those is about what a host takes to schedule and launch the next."""
 LONGEST_COPY = 65_536
 """Most tokens that are copied: what a copy of more takes is worth more as KV cache."""
 

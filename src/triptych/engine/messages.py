@@ -63,7 +63,8 @@ class Proven:
 @dataclass(frozen=True, slots=True)
 class Vouched:
     """The image's rows, which landed as ``COMING``, are right: steps that end from now on need not
-    ask. For each that landed so this comes, or the request is cancelled."""
+    ask. It comes for each that landed so, unless its rows were given back or the request was
+    cancelled before."""
 
     request_id: str
     item: int

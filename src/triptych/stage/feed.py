@@ -326,17 +326,17 @@ class EmbeddingFeed:
     async def _prove(self, used: Used) -> None:
         request_id = used.request_id
         known = [
-            (index, self._held[request_id, index])
+            self._held[request_id, index]
             for index in used.items
             if (request_id, index) in self._held
         ]
         if len(known) < len(used.items):
             return  # one has lapsed, and with it this step, or the request has ended
         answers = await asyncio.gather(
-            *(held.loan.validate() for _, held in known), return_exceptions=True
+            *(held.loan.validate() for held in known), return_exceptions=True
         )
         failed = False
-        for (_, held), answer in zip(known, answers, strict=True):
+        for held, answer in zip(known, answers, strict=True):
             if isinstance(answer, TriptychError):
                 failed = True
                 if held.extent is None:  # else it ends with its request (``_vouch``)
