@@ -2,6 +2,9 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest
+# Tests that run at a time. Most leave a core idle: they wait, or Python's lock does.
+WORKERS ?= 2
+TOGETHER = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export PROMPT MODEL
 
 .PHONY: help setup demo check test test-all bench bench-idle clean
@@ -30,10 +33,12 @@ check: setup
 	$(BIN)/python scripts/check_size.py
 
 test: setup
-	$(PYTEST) -m 'not full and not gpu'
+	$(PYTEST) -m 'not full and not gpu and not timed' $(TOGETHER)
+	$(PYTEST) -m 'timed and not full and not gpu'
 
 test-all: setup
-	$(PYTEST) -m 'not gpu'
+	$(PYTEST) -m 'not gpu and not timed' $(TOGETHER)
+	$(PYTEST) -m 'timed and not gpu'
 
 bench: setup
 	$(BIN)/triptych bench topologies --together 2

@@ -174,14 +174,13 @@ def test_rows_that_are_not_proven_are_found_by_nobody(driver: Driver, images: Ca
     for item, rows in enumerate(images.rows):
         wrong = torch.full_like(rows, 3.0) if item == 0 else rows
         driver.engine.submit(ItemLanded("one", item, wrong, trust=Trust.BORROWED))
-    last_row = max(
-        i for i, t in enumerate(images.token_ids) if t == driver.engine.model.image_token_id
-    )
+    places = [i for i, t in enumerate(images.token_ids) if t == driver.engine.model.image_token_id]
     sequences = driver.engine._requests.sequences
-    driver.until(lambda: bool(questions()) and sequences["one"].computed > last_row)
+    driver.until(lambda: bool(questions()) and sequences["one"].computed > places[-1])
     driver.add(images, name="two")
     driver.finish("two")
-    assert begin(driver, "two") == 0  # the first step of "one" has read rows
+    # A first step may have begun when no image had landed: it has read no rows.
+    assert begin(driver, "two") <= places[0]
     assert driver.answer("two") == images.answer
     asked += questions()
     driver.engine.submit(Lapsed("one", 0))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 
 from tests.end_to_end.stub_workers import StubWorker
 from tests.yardstick import slowness, yardstick
@@ -52,6 +53,7 @@ async def answered(url: str) -> None:
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.timed
 async def test_eight_images_at_concurrency_sixteen(tmp_path: Path) -> None:
     """The loop is never late by more than 5 ms for what the router does itself, on a machine of
     usual speed.

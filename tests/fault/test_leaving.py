@@ -29,6 +29,7 @@ def leaving(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield found
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("state", STATES)
 def test_everything_is_free_soon(leaving: Leaving, state: str, stream: bool) -> None:

@@ -155,6 +155,7 @@ def read_apart(folder: Path, files: dict[str, bytes]) -> dict[str, Found]:
     return {line.pop("name"): line for line in lines}
 
 
+@pytest.mark.timed
 def test_bombs_are_refused_before_they_cost_anything(tmp_path: Path) -> None:
     yards = [yardstick()]
     found = read_apart(tmp_path, {name: make() for name, (make, _) in BOMBS.items()})
@@ -165,6 +166,7 @@ def test_bombs_are_refused_before_they_cost_anything(tmp_path: Path) -> None:
             assert seconds < HEADER_S * slow and growth < GROWTH, (name, seconds, growth)
 
 
+@pytest.mark.timed
 def test_files_with_too_much_behind_them_cost_little(tmp_path: Path) -> None:
     yards = [yardstick()]
     found = read_apart(tmp_path, {name: make() for name, make in HARMLESS.items()})
