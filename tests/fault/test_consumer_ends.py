@@ -158,7 +158,7 @@ async def test_memory_that_got_another_tenant_during_a_copy(
 
 async def test_a_stopped_consumer_does_not_hold_its_producer() -> None:
     """It takes no bytes of a response: the response ends with its session, others are served."""
-    limits = {"silence": 0.5, "connect": 0.5}
+    limits = {"silence": 2.0, "connect": 1.0}
     async with actors(Options("http", HUGE + SIZE, timeouts=limits), Options("http", HUGE)) as (
         producer,
         consumer,
