@@ -195,9 +195,10 @@ class Taker:
     def start(self, ref: AnyRef, request: str = "r1") -> asyncio.Task[Pulled]:
         return asyncio.create_task(self.pull(ref, request))
 
-    async def linked(self) -> None:
-        """A channel and a probed transport exist."""
-        await until(lambda: bool(self.puller.consumer._by_session))
+    async def claimed(self) -> None:
+        """A channel and a probed transport exist, and a claim has been sent."""
+        producers = self.puller.consumer._by_session
+        await until(lambda: any(producer.pulls for producer in producers.values()))
 
     def check(self, *tags: int) -> None:
         """Exactly these embeddings have landed, in this order, whole and right."""

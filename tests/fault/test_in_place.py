@@ -155,7 +155,7 @@ async def test_an_embedding_that_fails_before_it_is_ready() -> None:
     async with actors(Options("shm", SIZE)) as (producer,), taker(SIZE, "shm") as consumer:
         ref = await producer.lend(SIZE, 1)
         waiting = asyncio.create_task(borrow(consumer, ref))
-        await consumer.linked()
+        await consumer.claimed()
         await producer.ask("fail", slot=ref.slot)
         with pytest.raises(BadMedia, match="on purpose"):
             await waiting
@@ -166,7 +166,7 @@ async def test_who_stops_waiting_gives_the_lease_back() -> None:
     async with actors(Options("shm", SIZE)) as (producer,), taker(SIZE, "shm") as consumer:
         ref = await producer.lend(SIZE, 1)
         waiting = asyncio.create_task(borrow(consumer, ref))
-        await consumer.linked()
+        await consumer.claimed()
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting

@@ -48,7 +48,7 @@ async def test_killed_before_anything_is_ready(transport: TransportName) -> None
     ):
         before = mapped()
         pulling = consumer.start(await producer.lend(SIZE, 1))
-        await consumer.linked()
+        await consumer.claimed()
         start = time.monotonic()
         producer.kill()
         with pytest.raises(WorkerLost):
@@ -197,7 +197,7 @@ async def test_held_up_for_longer_than_a_lease_the_producer_keeps_its_promises()
         other = await producer.lend(8, 2, "r2")
         await producer.ask("block", seconds=3 * lease_s)
         pulling = consumer.start(ref)
-        await consumer.linked()
+        await consumer.claimed()
         await producer.ask("block", seconds=3 * lease_s)
         await producer.ready(ref)
         await pulling
