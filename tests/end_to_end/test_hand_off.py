@@ -52,7 +52,7 @@ def prefill_usage(cluster: Cluster) -> dict[str, int]:
 def wait_for_the_reader(
     engine: Engine, n_read: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No step starts before every finished block of the prompt has been fetched, or in 20 s."""
+    """No step starts before the reader has come for every finished block, or in 20 s."""
     turn, give_up = engine._turn, time.monotonic() + 20
 
     def in_step() -> bool:
