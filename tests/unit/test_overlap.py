@@ -56,8 +56,8 @@ def test_off_computes_what_never_is_there_all_at_once_as_it_lands() -> None:
     for name in ("a", "nobody"):
         owner.cramped(name)
     owner.add(prompt("b", 3, answer=2))
-    assert turn(owner) == [("b", 0, 3), ("a", 0, 5)]
-    assert turn(owner) == [("b", 3, 4), ("a", 5, 8)]
+    assert turn(owner) == [("b", 0, 3), ("a", 0, 3)]
+    assert turn(owner) == [("b", 3, 4), ("a", 3, 8)]
     first.items[0].where, first.items[1].where = Rows.USED, Rows.LANDED
     assert turn(owner) == [("a", 8, 12)]
 

@@ -71,9 +71,9 @@ def test_a_long_prompt_is_cut_into_chunks_and_shares_steps_with_decodes() -> Non
         seen.append(shown(step))
         run(step, owner)
     assert seen == [
-        [("a", 0, 3), ("b", 0, 5)],
-        [("a", 3, 4), ("b", 5, 12)],
-        [("a", 4, 5), ("b", 12, 13)],
+        [("a", 0, 3), ("b", 0, 3)],
+        [("a", 3, 4), ("b", 3, 10)],
+        [("a", 4, 5), ("b", 10, 12)],
     ]
 
 
@@ -141,14 +141,34 @@ def test_a_stream_of_short_prompts_takes_no_more_than_half() -> None:
     owner = scheduler(chunk=10, sequences=9)
     long = prompt("long", 60)
     owner.add(long)
-    for turn in range(10):
+    turn = 0
+    while long.phase is not Phase.DECODE:
+        turn += 1
+        assert turn <= 60 / 4
         for number in range(4):
             owner.add(prompt(f"{turn}.{number}", 2, answer=1))
         step = owner.schedule()
+        sizes = {w.sequence.request_id: w.stop - w.start for w in step.work}
         left = long.n_prompt - long.computed
-        assert sum(w.stop - w.start for w in step.work if w.sequence is long) >= min(5, left)
+        assert sizes.pop("long") >= min(sum(sizes.values()), left)
         run(step, owner)
-    assert long.phase is Phase.DECODE
+
+
+def test_a_step_that_begins_and_ends_a_prompt_has_half_of_its_tokens() -> None:
+    owner = scheduler(chunk=16, sequences=9)
+    owner.add(prompt("long", 90))
+    run(owner.schedule(), owner)
+    owner.add(prompt("a", 3, answer=1))
+    step = owner.schedule()
+    assert shown(step) == [("a", 0, 3), ("long", 16, 21)]
+    run(step, owner)
+    for name, n in (("b", 4), ("c", 5)):
+        owner.add(prompt(name, n, answer=1))
+    step = owner.schedule()  # c is more than what b leaves of half of a step
+    assert shown(step) == [("b", 0, 4), ("long", 21, 25)]
+    run(step, owner)
+    step = owner.schedule()  # c waits no longer for being computed with others
+    assert shown(step) == [("c", 0, 5), ("long", 25, 36)]
 
 
 def test_a_short_prompt_that_goes_first_leaves_room_for_a_run() -> None:

@@ -20,15 +20,17 @@ before anything that is still queued, and is given that of one that can be preem
 A step takes one token of every decoding sequence, then chunks of prompts, in order of arrival and
 up to their first row that has not landed. Half of the tokens for prompts go first to those that
 they end, the shortest before the others: a few words do not wait for the images of all who came
-before, and the oldest prompt has the other half. The last chunks of one that is alone are of one
-size. ``overlap`` says what becomes of prompts some of whose images have not landed. "always": they
-are like others. "off": they wait in the queue, where others pass them, but for a *cramped* one: its
-images do not fit where they land all at once, so that it is like others. "adaptive": prompts that
-are complete go first, into places and into steps; the others fill what would be idle otherwise,
-where they have enough to be worth it, take blocks from nobody and give theirs up first, and hold
-half of the cache at most while others run. One that has been passed by a certain amount of work
-counts as complete, so that it is not passed forever: it may be cramped. There are never more
-running sequences than tokens in a step: decodes leave room for a prompt.
+before, and the oldest prompt has the other half. Nor do they wait for a whole step of their own:
+one that begins and ends such a prompt has half of its tokens, or as many for the others as for
+those. The last chunks of one that is alone are of one size. ``overlap`` says what becomes of
+prompts some of whose images have not landed. "always": they are like others. "off": they wait in
+the queue, where others pass them, but for a *cramped* one: its images do not fit where they land
+all at once, so that it is like others. "adaptive": prompts that are complete go first, into places
+and into steps; the others fill what would be idle otherwise, where they have enough to be worth it,
+take blocks from nobody and give theirs up first, and hold half of the cache at most while others
+run. One that has been passed by a certain amount of work counts as complete, so that it is not
+passed forever: it may be cramped. There are never more running sequences than tokens in a step:
+decodes leave room for a prompt.
 
 A run, rows that a model computes as a whole, is never cut by a chunk: a chunk ends before a run
 that does not fit, and decodes leave room for the longest one.
@@ -142,13 +144,8 @@ class Scheduler:
         leased = len(self._leased)
         free, cached = self.blocks.n_free - self.blocks.n_idle, self.blocks.n_idle
         pinned = self.blocks.n_blocks - free - cached - reserved - leased
-        return {
-            "free": free,
-            "cached": cached,
-            "pinned": pinned,
-            "reserved": reserved,
-            "leased": leased,
-        }
+        states = {"free": free, "cached": cached, "pinned": pinned}
+        return states | {"reserved": reserved, "leased": leased}
 
     def schedule(self) -> Schedule:
         granted = self._admit()
@@ -296,6 +293,9 @@ class Scheduler:
         for sequence in self.short(first, budget):
             budget -= self._chunk(sequence, budget, chunks, preempts=False)
         chunked = [work.sequence for work in chunks]
+        if any(sequence in self._begun for sequence in chunked):
+            taken = sum(work.stop - work.start for work in chunks)
+            budget = min(budget, max(taken, self.chunk_tokens // 2 - taken, self.longest_run))
         for sequence in (s for s in first if s not in chunked):
             if sequence.phase is Phase.DECODE:
                 start = sequence.computed
