@@ -35,7 +35,7 @@ from triptych.config import EngineConfig, ModelConfig
 from triptych.demo.tiny import make_tiny_model
 from triptych.engine.loop import Engine
 from triptych.engine.messages import AddRequest, ItemLanded, StepOutput
-from triptych.engine.scheduler import Overlap
+from triptych.engine.overlap import Overlap
 from triptych.engine.sequence import ItemSpan
 from triptych.models.language import LanguageModel
 from triptych.models.loading import load_language

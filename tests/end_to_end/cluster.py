@@ -27,7 +27,7 @@ from triptych.config import (
 )
 from triptych.decode import server as decode
 from triptych.encoder import server as encoder
-from triptych.engine.scheduler import Overlap
+from triptych.engine.overlap import Overlap
 from triptych.language import server as language
 from triptych.prefill import server as prefill
 from triptych.router.server import RouterServer

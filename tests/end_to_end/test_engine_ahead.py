@@ -359,4 +359,4 @@ def test_whatever_arrives_whenever_the_answers_are_the_same(
             n_ahead += driver.n_ahead
             thrown_away += driver.thrown_away
             preempted += sum(len(driver.notes(name, "preempted")) for name in script.asked)
-    assert n_ahead > 100 and thrown_away > 3 and preempted > 0
+    assert n_ahead > 100 and thrown_away > 1 and preempted > 0

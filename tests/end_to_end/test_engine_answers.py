@@ -134,6 +134,20 @@ def test_tokens_of_a_step_are_emitted_together(driver: Driver, text: Case) -> No
         assert len({event.request_id for event in output.tokens}) == len(output.tokens)
 
 
+def test_what_images_are_wanted_is_told_before_the_step_is_computed(
+    family: Family, text: Case, images: Case
+) -> None:
+    driver = Driver(family.language)
+    driver.engine.submit(text.request())
+    driver.engine.submit(images.request())
+    with driver:
+        driver.until(lambda: bool(driver.outputs))
+        [first] = driver.outputs
+        assert first.wanted == tuple(("images", item) for item in range(len(images.rows)))
+        assert not first.tokens
+        driver.finish("text")
+
+
 def test_spans_tell_where_the_time_went(driver: Driver, images: Case) -> None:
     driver.add(images)
     driver.finish("images")

@@ -12,7 +12,7 @@ from tests.end_to_end.cluster import Cluster, timeline
 from tests.end_to_end.reference import Reference, question
 from triptych.config import MIB, Timeouts
 from triptych.demo.tiny import make_tiny_model
-from triptych.engine.scheduler import Overlap
+from triptych.engine.overlap import Overlap
 
 POOL_S = 60.0
 """``timeouts.pool``: whoever waits for all of them ends by it."""

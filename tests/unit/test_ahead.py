@@ -10,7 +10,8 @@ import pytest
 
 from tests.unit.test_scheduler import prompt, run, scheduler, shown
 from triptych.engine.ahead import follow
-from triptych.engine.scheduler import PATIENCE, Scheduler
+from triptych.engine.overlap import PATIENCE
+from triptych.engine.scheduler import Scheduler
 from triptych.engine.sequence import Item, Phase, Reservation, Rows, Sequence, Trust
 from triptych.engine.work import Schedule, Work
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.unit.test_scheduler import prompt, run, scheduler, shown
-from triptych.engine import scheduler as rules
-from triptych.engine.scheduler import PATIENCE, Scheduler
+from triptych.engine import overlap as rules
+from triptych.engine.overlap import PATIENCE
+from triptych.engine.scheduler import Scheduler
 from triptych.engine.sequence import Item, Phase, Rows, Sequence
 
 
@@ -103,10 +104,23 @@ def test_adaptive_fills_where_it_is_worth_the_time_of_those_who_decode(
     # Complete, it waits for nobody.
     land(first)
     assert turn(owner) == [("c", 7, 8), ("a", 5, 14)]
-    # Where nobody decodes, every token is worth it.
+    # Where nobody decodes, a single row is worth it.
     lone = scheduler(overlap="adaptive", chunk=20)
-    lone.add(partial("d", first=1))
-    assert turn(lone) == [("d", 0, 1)]
+    rows = prompt("d", 9, items=(Item(0, 1, 1), Item(4, 6, 2)))
+    lone.add(rows)
+    rows.items[0].where = Rows.LANDED
+    assert turn(lone) == [("d", 0, 4)]
+
+
+def test_a_few_words_before_an_image_do_not_make_it_wait_for_a_step() -> None:
+    owner = scheduler(overlap="adaptive", n_blocks=30, chunk=32)
+    few, more = partial("a", n=8, first=3), partial("b", n=8, first=4)
+    owner.add(few)
+    assert turn(owner) == [] and few.items[0].where is Rows.ASKED
+    owner.add(more)
+    assert turn(owner) == [("b", 0, 4)]  # an eighth of a step
+    land(few)
+    assert turn(owner) == [("a", 0, 8)]
 
 
 def test_adaptive_gives_places_and_room_to_complete_prompts_first() -> None:

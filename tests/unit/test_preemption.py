@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from tests.unit.test_scheduler import prompt, run, scheduler, shown
 from triptych.engine.block_manager import BlockManager
+from triptych.engine.overlap import Overlap
 from triptych.engine.prefix import BlockNames
-from triptych.engine.scheduler import Overlap, Scheduler
+from triptych.engine.scheduler import Scheduler
 from triptych.engine.sequence import Item, ItemSpan, Phase, Reservation, Rows, Sequence
 from triptych.engine.work import Schedule, Work
 from triptych.request import Sampling

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.engine import scheduler as rules
+from triptych.engine import overlap as rules
 from triptych.engine.block_manager import BlockManager
-from triptych.engine.scheduler import Overlap, Scheduler
+from triptych.engine.overlap import Overlap
+from triptych.engine.scheduler import Scheduler
 from triptych.engine.sequence import (
     Item,
     ItemSpan,
@@ -220,7 +221,7 @@ def test_complete_prompts_first_partial_ones_fill_the_rest(
 
 
 def test_a_chunk_stops_before_the_first_row_that_has_not_landed() -> None:
-    owner = scheduler(chunk=100)
+    owner = scheduler(chunk=16)
     items = (Item(2, 4, 2), Item(6, 8, 2))
     owner.add(prompt("a", 10, items=items))
     items[1].where = Rows.LANDED

@@ -17,7 +17,7 @@ is launched only when the first is nearly over and nobody has come.
 
 from __future__ import annotations
 
-from triptych.engine.scheduler import WORTH, Scheduler
+from triptych.engine.scheduler import Scheduler
 from triptych.engine.sequence import Phase, Trust
 from triptych.engine.work import Schedule, Work
 
@@ -76,7 +76,7 @@ def _next_stop(chunk: Work, n_decodes: int, scheduler: Scheduler) -> int | None:
         short = [s for s in scheduler.short(first, budget) if s is not sequence]
         alone = is_oldest and not short and stop == chunk.stop + budget
     elif not scheduler.goes_first(sequence):
-        alone = stop - chunk.stop >= WORTH * n_decodes
+        alone = scheduler.worth(sequence, chunk.stop, stop, n_decodes)
     return stop if alone and stop > chunk.stop else None
 
 

@@ -38,7 +38,7 @@ class Engine:
     """Serves prompts and answers of many requests together.
 
     ``kv_memory``: (nbytes,) uint8 on the model's device, the KV cache; None: own memory of
-    ``config.kv_mib``. ``emit`` is called on the engine thread, once a turn at most, and must not
+    ``config.kv_mib``. ``emit`` is called on the engine thread, twice a turn at most, and must not
     block. ``followers``: the other ranks of the group that this process leads. Raises ConfigError
     if the cache has no room for a block.
     """
@@ -125,6 +125,7 @@ class Engine:
         if self._launched is None:
             schedule = self._scheduler.schedule()
             self._requests.rearrange(schedule)
+            self._flush()  # what images are wanted is not to be known a step later
             work = schedule.work
         step, self._launched = self._launched or self._launch(work), None
         if step is not None:

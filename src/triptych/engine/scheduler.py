@@ -23,14 +23,8 @@ they end, the shortest before the others: a few words do not wait for the images
 before, and the oldest prompt has the other half. Nor do they wait for a whole step of their own:
 one that begins and ends such a prompt has half of its tokens, or as many for the others as for
 those. The last chunks of one that is alone are of one size. ``overlap`` says what becomes of
-prompts some of whose images have not landed. "always": they are like others. "off": they wait in
-the queue, where others pass them, but for a *cramped* one: its images do not fit where they land
-all at once, so that it is like others. "adaptive": prompts that are complete go first, into places
-and into steps; the others fill what would be idle otherwise, where they have enough to be worth it,
-take blocks from nobody and give theirs up first, and hold half of the cache at most while others
-run. One that has been passed by a certain amount of work counts as complete, so that it is not
-passed forever: it may be cramped. There are never more running sequences than tokens in a step:
-decodes leave room for a prompt.
+prompts some of whose images have not landed (``overlap.py``). There are never more running
+sequences than tokens in a step: decodes leave room for a prompt.
 
 A run, rows that a model computes as a whole, is never cut by a chunk: a chunk ends before a run
 that does not fit, and decodes leave room for the longest one.
@@ -42,23 +36,16 @@ import itertools
 from bisect import insort
 from collections import Counter, deque
 from operator import attrgetter
-from typing import Literal
 
 from triptych.engine.block_manager import BlockManager
+from triptych.engine.overlap import Overlap, goes_first, is_worth
 from triptych.engine.row_requests import RowRequests
 from triptych.engine.sequence import Phase, Reservation, Sequence
 from triptych.engine.work import Schedule, Work, evenly
 from triptych.errors import PromptTooLong
 
-Overlap = Literal["adaptive", "off", "always"]
 READ_AHEAD = 8
 """Steps whose prompts may have their images brought before they run."""
-WORTH = 20
-"""Tokens of an incomplete prompt, for each sequence that decodes, that are worth the time by which
-a chunk of their own makes a step longer; fewer are computed together with those of later images
-(docs/benchmarks/engine.md)."""
-PATIENCE = 64
-"""Full steps of others by which an incomplete prompt may be passed."""
 _by_order = attrgetter("order")
 
 
@@ -157,18 +144,20 @@ class Scheduler:
 
     def goes_first(self, entry: Sequence | Reservation) -> bool:
         """It is complete, or like one that is."""
-        if isinstance(entry, Reservation) or self.overlap == "always" or entry.complete:
-            return True
-        if self.overlap == "off":
-            return entry.cramped
-        return entry.passed >= PATIENCE * self.chunk_tokens
+        return goes_first(entry, self.overlap, self.chunk_tokens)
+
+    def worth(self, sequence: Sequence, start: int, stop: int, n_decodes: int) -> bool:
+        """Would a step with so many decodes compute ``start .. stop`` of a prompt, given room?"""
+        if self.goes_first(sequence):
+            return stop > start
+        return is_worth(sequence, start, stop, n_decodes, self.chunk_tokens)
 
     def computes(self, sequence: Sequence, n_decodes: int) -> bool:
         """Would a step with so many decodes compute something of this running one, given room?"""
         if sequence.phase is Phase.DECODE:
             return True
-        ready = sequence.uncut(sequence.ready_until) - sequence.computed
-        return ready > 0 and (self.goes_first(sequence) or ready >= WORTH * n_decodes)
+        ready = sequence.uncut(sequence.ready_until)
+        return self.worth(sequence, sequence.computed, ready, n_decodes)
 
     def reaches(self, sequence: Sequence, start: int, budget: int) -> int:
         """Where a chunk of its prompt from ``start`` ends, of ``budget`` tokens at most."""

@@ -207,6 +207,10 @@ class Sequence:
         """Prompt tokens before the first row that has not landed."""
         return next((item.start for item in self.items if not item.settled), self.n_prompt)
 
+    def is_text_at(self, start: int) -> bool:
+        """From ``start`` on there is only text before an image that has not landed."""
+        return next((not item.settled for item in self.items if item.stop > start), False)
+
     def uncut(self, stop: int) -> int:
         """``stop``, or the start of the run that a chunk up to there would cut."""
         return next((first for first, last in self.runs if first < stop < last), stop)
