@@ -125,7 +125,7 @@ class Engine:
         if self._launched is None:
             schedule = self._scheduler.schedule()
             self._requests.rearrange(schedule)
-            self._flush()  # what images are wanted is not to be known a step later
+            self._flush()  # who brings images need not wait for the step
             work = schedule.work
         step, self._launched = self._launched or self._launch(work), None
         if step is not None:
