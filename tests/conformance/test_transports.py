@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+import secrets
 import socket
 import threading
 import time
@@ -126,7 +127,8 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
         server = None
         source = Region(AREA, "s" * 32)
         produce, consume = MAKE[request.param]
-        peer = Peer("http://x:1", "", "")
+        # Another process each time, as far as it is known: Mooncake gives each another name.
+        peer = Peer("http://x:1", "", "", secrets.token_hex(16))
         subject = Pair(request.param, source, target, produce(source), consume(target), peer)
     assert source.carve(AREA) == target.carve(AREA) == 2 * PAGE
     draw = random.Random(1)

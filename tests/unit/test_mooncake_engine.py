@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import sys
 from types import ModuleType
 from typing import Any
@@ -31,9 +32,10 @@ class FakeEngine:
 
     status = 0
     calls: list[int]
+    names: list[str]
 
     def __init__(self) -> None:
-        self.calls = []
+        self.calls, self.names = [], []
 
     def initialize(self, *arguments: str) -> int:
         return 0
@@ -52,6 +54,7 @@ class FakeEngine:
         self, name: str, targets: list[int], sources: list[int], sizes: list[int]
     ) -> int:
         self.calls.append(len(sizes))
+        self.names.append(name)
         for target, source, nbytes in zip(targets, sources, sizes, strict=True):
             ctypes.memmove(target, source, nbytes)
         return self.status
@@ -70,6 +73,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Any:
     fake.SUPPORT_CUDA = fake.SUPPORT_INTRA_NVLINK = True
     monkeypatch.setitem(sys.modules, "mooncake.engine", fake)
     monkeypatch.setattr(mooncake, "_engines", [])
+    monkeypatch.setattr(mooncake, "_lives", {})
     monkeypatch.setattr(mooncake, "_has_adapters", lambda: False)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MC_")}
     monkeypatch.setattr(os, "environ", kept)
@@ -209,3 +213,27 @@ def test_the_protocol_in_effect_is_a_metric(package: Any, monkeypatch: pytest.Mo
         {"transport": "shm", "protocol": "staged"},
     ):
         assert REGISTRY.get_sample_value("triptych_transport_info", labels) == 1
+
+
+def test_a_process_that_has_the_port_of_one_that_is_gone_has_another_name(package: Any) -> None:
+    transport = MooncakeTransport(region(), "10.0.0.8")
+    offer = transport.offer()
+    for nonce in ("a", "a", "b", "a", "c"):
+        link = transport.connect(offer, Peer("http://x:1", "", "", nonce), FAST)
+        link.read([Read(0, 0, 64)], 1.0)
+    names = ["10.0.0.8", "10.0.0.8", "0x0a.0.0.8", "10.0.0.8", "0x00a.0.0.8"]
+    assert mooncake._engines[0].engine.names == [f"{name}:12345" for name in names]
+
+
+@pytest.mark.parametrize(("host", "n"), [("127.0.0.1", 4096), ("localhost", 512)])
+def test_every_spelling_of_an_address_leads_to_it(host: str, n: int) -> None:
+    spelled = {mooncake.respelled(f"{host}:20123", number) for number in range(n)}
+    assert len(spelled) == n and f"{host}:20123" in spelled
+    for each in spelled:
+        name, _, port = each.rpartition(":")
+        found = socket.getaddrinfo(name, port, socket.AF_INET, socket.SOCK_STREAM)
+        assert [where[4] for where in found] == [("127.0.0.1", 20123)]
+
+
+def test_what_has_no_other_spelling_stays() -> None:
+    assert mooncake.respelled("::1:20123", 3) == "::1:20123"

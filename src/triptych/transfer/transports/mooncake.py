@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import ipaddress
 import logging
 import os
 import threading
@@ -23,6 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import torch
 
 from triptych.config import Timeouts
@@ -57,7 +59,7 @@ _SETTINGS = {
     "MC_TCP_STATUS_TIMEOUT_SEC": str(_PROGRESS_S),
     "MC_TRANSFER_TIMEOUT": str(_OUTER_S),
     "MC_HANDSHAKE_CONNECT_TIMEOUT": "2",
-    # The engine remembers a peer by its port for ever, so a restarted one must not draw the same.
+    # Wide, so that ports are seldom drawn again: see ``_name``.
     "MC_MIN_RPC_PORT": "20000",
     "MC_MAX_RPC_PORT": "32000",
     "MC_LOG_LEVEL": "WARNING",
@@ -83,6 +85,8 @@ class _Engine(NamedTuple):
 _lock = threading.Lock()
 _engines: list[_Engine] = []
 """At most one: the engine is one per process, whatever roles the process holds."""
+_lives: dict[str, list[str]] = {}
+"""By address: the nonces of the processes that have been reached there, in order."""
 
 
 def has_nvlink() -> bool:
@@ -156,6 +160,43 @@ def _protocol(engine: TransferEngine) -> str:
     return "rdma" if _has_adapters() and "MC_FORCE_TCP" not in os.environ else "tcp"
 
 
+def _name(address: str, nonce: str) -> str:
+    """What to call the process of this nonce, which is at ``address`` now.
+
+    The engine keeps for ever what it was first told by a name: where the memory is and which port
+    reads it. A process that has drawn the port of one that is gone would be looked for where that
+    one was (seen with 0.3.13). It is given a name of its own, by which the engine asks again.
+    """
+    with _lock:
+        lives = _lives.setdefault(address, [])
+        if nonce not in lives:
+            lives.append(nonce)
+        return respelled(address, lives.index(nonce))
+
+
+def respelled(address: str, n: int) -> str:
+    """The ``n``-th spelling of ``host:port``, which resolves to the same; 0: as it is.
+
+    Parts of an IPv4 address are written as hexadecimal numbers of up to eight digits,
+    as resolvers read them (inet_aton(3)); of a name some letters change their case. There are
+    4,096 and two to the number of letters; what has none, as ``::1``, stays.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        parts = str(ipaddress.IPv4Address(host)).split(".")
+    except ipaddress.AddressValueError:
+        letters = [place for place, letter in enumerate(host) if letter.isalpha()]
+        changed = {place for bit, place in enumerate(letters) if n >> bit & 1}
+        spelled = (c.swapcase() if i in changed else c for i, c in enumerate(host))
+        return f"{''.join(spelled)}:{port}"
+    widths = [n >> 3 * place & 7 for place in range(len(parts))]
+    written = [
+        f"0x{int(part):0{width + 1}x}" if width else part
+        for part, width in zip(parts, widths, strict=True)
+    ]
+    return f"{'.'.join(written)}:{port}"
+
+
 class MooncakeTransport:
     """``host``: name or address under which peers reach this process's engine.
 
@@ -200,11 +241,11 @@ class MooncakeTransport:
                 f"the peer's engine moves bytes by {offer.protocol!r}, this one by "
                 f"{self.protocol!r}"
             )
-        if self.protocol != "nvlink":
-            return MooncakeLink(self._engine, offer, self._region)
-        if offer.host != host_id():
+        if self.protocol == "nvlink" and offer.host != host_id():
             raise TransportUnavailable("NVLink does not reach a peer on another host")
-        return NvlinkLink(self._engine, offer, self._region)
+        named = msgspec.structs.replace(offer, address=_name(offer.address, peer.nonce))
+        link = NvlinkLink if self.protocol == "nvlink" else MooncakeLink
+        return link(self._engine, named, self._region)
 
     def close(self) -> None:
         if self._registered:
