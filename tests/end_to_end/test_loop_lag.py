@@ -24,7 +24,7 @@ from triptych.launch import free_port
 from triptych.router.prompt import Prompter
 
 AT_ONCE = 16
-ROUNDS = 5
+ROUNDS = 10
 IMAGES = 8
 IMAGE_NBYTES = 540_000
 """A 1920 x 1080 JPEG of a photograph. To a router its bytes are any bytes."""
