@@ -68,14 +68,13 @@ def _next_stop(chunk: Work, n_decodes: int, scheduler: Scheduler) -> int | None:
     """Where the chunk behind ``chunk`` ends, if the next step has that one and no other."""
     sequence, budget = chunk.sequence, scheduler.chunk_tokens - n_decodes
     stop = scheduler.reaches(sequence, chunk.stop, budget)
-    alone = True
     if _others(chunk, n_decodes, scheduler):
         prompts = [s for s in scheduler.running if s.phase is Phase.PREFILL]
         first = [s for s in prompts if scheduler.goes_first(s)]
         is_oldest = first[:1] == [sequence]
         short = [s for s in scheduler.short(first, budget) if s is not sequence]
         alone = is_oldest and not short and stop == chunk.stop + budget
-    elif not scheduler.goes_first(sequence):
+    else:
         alone = scheduler.worth(sequence, chunk.stop, stop, n_decodes)
     return stop if alone and stop > chunk.stop else None
 
